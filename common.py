@@ -1,0 +1,388 @@
+"""Plumbing that would serve any training script: command line, checkpoint, log, device, Ctrl-C.
+
+A checkpoint is one plain dict, written by `torch.save` and read with `weights_only=True`:
+
+    format      "actor-mimic-1"
+    stage       "expert", "mimic" or "transfer"
+    games       the games that the network plays, as ale-py spells them
+    step        agent decisions so far (per game in the mimic), 4 emulator frames each
+    minutes     wall time so far
+    args        the flags of the run
+    command     the command line, and `machine`, where it ran
+    net_args    {"channels": [...], "hidden": [...]}: widths, enough to build the network again
+    net         its state_dict; half precision in an expert that ships
+    optimizer   its state_dict (not in an expert that ships)
+    rng         state of the generator that explores and draws (not in an expert that ships)
+    score       mean score of the last finished games, and `scores`, each of them (mimic: per game)
+    regressors  mimic: state_dict of the linear maps of feature regression
+    experts     mimic: paths of its experts
+    legal       expert, transfer: (18,) bool mask of the game's actions
+    max_q       expert that ships: mean of max_a Q, the scale that the mimic's temperature divides
+"""
+
+import argparse
+import csv
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import pickle
+import platform
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+FORMAT = "actor-mimic-1"
+
+
+class UserError(Exception):
+    """The user can mend this: it is printed as one line, and the exit status is 2."""
+
+
+# Command line
+
+
+def whole(text):
+    """Read 10000000, 10_000_000 and 1e7 alike as an int; raises ValueError on 1.5 or a word."""
+    value = float(text)
+    if not value.is_integer():
+        raise ValueError(text)
+    return int(value)
+
+
+def finite(text):
+    """Read a float; raises ValueError if it is infinite or nan."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that reports a mistake in one line."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists all flags)")
+
+
+def parse_args(cls, argv=None):
+    """Make a command line from a dataclass of defaults; the comment behind a field is its help.
+
+    `learning_rate: float = 0.1  # what it means` becomes `--learning-rate`. A tuple takes several
+    values. A ValueError of the class's own `__post_init__` (a flag out of range) is a UserError.
+    """
+    source = inspect.getsource(cls)
+    parser = Parser(
+        description=inspect.getmodule(cls).__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for field in dataclasses.fields(cls):
+        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE).group(1)
+        flag, default = "--" + field.name.replace("_", "-"), field.default
+        if isinstance(default, bool):
+            parser.add_argument(flag, action="store_true", help=comment.replace("%", "%%"))
+            continue
+        several = isinstance(default, tuple)
+        kind = type(default[0] if default else "") if several else type(default)
+        shown = " ".join(map(str, default)) if several else str(default)
+        parser.add_argument(
+            flag,
+            type={int: whole, float: finite}.get(kind, kind),
+            default=default,
+            nargs="*" if several else None,
+            metavar=kind.__name__.upper(),
+            help=f"{comment} [{shown}]".replace("%", "%%"),
+        )
+    values = vars(parser.parse_args(argv))
+    try:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def require(ok, message):
+    """Raise ValueError(message) unless ok; this and the next four check a class of flags."""
+    if not ok:
+        raise ValueError(message)
+
+
+def require_one_of(flag, value, choices):
+    """Raise ValueError with the nearest choices unless value is one of them."""
+    near = difflib.get_close_matches(value, choices, cutoff=0.4) or sorted(choices)[:5]
+    require(value in choices, f"{flag} {value} is unknown; did you mean {', '.join(near)}?")
+
+
+def require_range(args, low, high, *names):
+    """Raise ValueError unless the named flags lie between low and high."""
+    for name in names:
+        flag = "--" + name.replace("_", "-")
+        require(low <= getattr(args, name) <= high, f"{flag} must lie between {low} and {high}")
+
+
+def require_shares(args, *names):
+    """Raise ValueError unless the named flags lie between 0 and 1."""
+    require_range(args, 0, 1, *names)
+
+
+def require_positive(args, *names):
+    """Raise ValueError unless the named flags, or all entries of a tuple, are positive."""
+    for name in names:
+        value = getattr(args, name)
+        values = value if isinstance(value, tuple) else (value,)
+        flag = "--" + name.replace("_", "-")
+        require(values and min(values) > 0, f"{flag} must be positive")
+
+
+def run(main, cls):
+    """Parse the command line and call main(args); a UserError is one line and exit status 2."""
+    try:
+        main(parse_args(cls))
+    except UserError as error:
+        message = str(error)
+    except OSError as error:  # a full disk, a folder that may not be written
+        message = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+    else:
+        return
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# Machine
+
+
+def pick_device(name):
+    """Turn --device auto|cpu|cuda|mps into a torch.device; raises UserError if it is not here."""
+    here = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if name == "auto":
+        name = "cuda" if here["cuda"] else "mps" if here["mps"] else "cpu"
+    if not here.get(name):
+        available = ", ".join(device for device in here if here[device])
+        raise UserError(f"--device {name} is not to be had here; this machine has {available}")
+    return torch.device(name)
+
+
+def pick_autocast(precision, device):
+    """Turn --precision auto|float32|bfloat16 into an autocast context for forward passes.
+
+    auto is bfloat16 where the hardware computes in it: recent GPUs, and CPUs with AVX-512 BF16.
+    """
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--precision {precision} is not one of auto, float32, bfloat16")
+    if precision == "auto":
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        fast = fast or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+        precision = "bfloat16" if fast else "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def machine():
+    """Describe this machine in a few words."""
+    gpu = torch.cuda.get_device_name() + ", " if torch.cuda.is_available() else ""
+    return f"{gpu}{os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+
+
+# Checkpoint
+
+
+def plain(value):
+    """Turn tuples into lists, all the way down: what a checkpoint holds of the flags."""
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def save_checkpoint(path, args, **contents):
+    """Write a checkpoint beside path, then rename: a crash leaves the old file or the new one.
+
+    contents: as the module's docstring says; format, args, command and machine are added here.
+    Raises UserError if it cannot be written.
+    """
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    checkpoint = {
+        "format": FORMAT,
+        "args": plain(dataclasses.asdict(args)),
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
+        **contents,
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"could not write {path} ({error}); the old one is untouched") from None
+
+
+def load_checkpoint(path, stages):
+    """Read a checkpoint onto the CPU, without running any code that it may hold.
+
+    path: the file, or the folder of a run; stages: the stages that are accepted. Raises UserError
+    if it is missing, damaged, not ours, or of another stage.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError):
+        raise UserError(f"{path} is damaged, or not a checkpoint of this project") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this project (of format {FORMAT})")
+    if checkpoint.get("stage") not in stages:
+        stage = checkpoint.get("stage")
+        raise UserError(f"{path} is of stage {stage}; needed here: {' or '.join(stages)}")
+    return checkpoint
+
+
+def load_weights(net, checkpoint, path):
+    """Put a checkpoint's weights into net; raises UserError, naming path, if they do not fit."""
+    try:
+        net.load_state_dict(checkpoint["net"])
+    except (RuntimeError, KeyError, TypeError, AttributeError):
+        raise UserError(f"the weights in {path} do not fit the network's widths") from None
+
+
+def load_state(checkpoint, net, optimizer, rng):
+    """Put a checkpoint's weights, optimizer and random generator back, in place."""
+    net.load_state_dict(checkpoint["net"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    rng.set_state(checkpoint["rng"])
+
+
+def open_run(folder, stage, args, may_change=("out", "steps", "device", "precision")):
+    """Return the checkpoint that this command's run goes on from, or None for a new run.
+
+    may_change: the flags that may differ when a run is continued. Raises UserError if the folder
+    holds a run of another stage or with other flags: nothing is written over.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; name a folder")
+    if not (folder / "checkpoint.pt").exists():
+        if (folder / "log.csv").exists():
+            raise UserError(f"{folder} holds a log without its checkpoint; name another --out")
+        return None
+    checkpoint = load_checkpoint(folder, (stage,))
+    for name, now in plain(dataclasses.asdict(args)).items():
+        before = checkpoint["args"].get(name)
+        if name not in may_change and before != now:
+            flag = name.replace("_", "-")
+            raise UserError(
+                f"{folder} holds a run with --{flag} {before}, but this command says {now}; "
+                "name another --out for a new run"
+            )
+    if checkpoint["step"] > args.steps and checkpoint["args"]["steps"] != args.steps:
+        done = checkpoint["step"]
+        raise UserError(f"{folder} holds {done:,} steps, more than --steps {args.steps:,}")
+    return checkpoint
+
+
+def check_finite(loss, step, folder):
+    """Raise UserError if a loss, a scalar tensor, is infinite or nan: the run has diverged."""
+    if not torch.isfinite(loss):
+        raise UserError(
+            f"the loss is not finite at step {step:,}: try a smaller --lr and another --out; "
+            f"the last good weights stay in {folder}"
+        )
+
+
+# Log
+
+
+class Log:
+    """One CSV per run and one console line per report.
+
+    A continued run first drops what was written after its checkpoint, so that every step stands
+    in the log once. `saved` is that checkpoint, or None.
+    """
+
+    def __init__(self, folder, saved):
+        self.path, self.started = Path(folder) / "log.csv", time.time()
+        self.first_step = saved["step"] if saved else 0
+        self.minutes_before = saved["minutes"] if saved else 0.0
+        if self.path.exists():
+            with open(self.path, newline="") as file:
+                header, *lines = file.read().splitlines()
+            columns = header.count(",")
+            whole_lines = [line for line in lines if line.count(",") == columns]
+            kept = [s for s in whole_lines if int(s.split(",")[0]) <= self.first_step]
+            temporary = Path(f"{self.path}.tmp")
+            temporary.write_text("\n".join([header, *kept, ""]))
+            os.replace(temporary, self.path)
+
+    def minutes(self):
+        """Return the run's wall time so far, in minutes, earlier stretches included."""
+        return self.minutes_before + (time.time() - self.started) / 60
+
+    def header(self, args, device, autocast, net, buffer_bytes):
+        """Print what follows from the flags, before anything is spent on it."""
+        parameters = sum(weight.numel() for weight in net.parameters())
+        goes_on = f"goes on at step {self.first_step:,}" if self.first_step else "starts"
+        print(
+            f"{self.path.parent} {goes_on} of {args.steps:,} (x4 = {4 * args.steps:,} frames); "
+            f"{parameters:,} parameters in {'bfloat16' if autocast._enabled else 'float32'} "
+            f"on {device}; {buffer_bytes / 1e6:,.0f} MB of observations; "
+            "the time left follows after the first round",
+            flush=True,
+        )
+
+    def write(self, step, row):
+        """Append step, minutes and a dict of numbers, with the header if the file is new."""
+        row = {"step": step, "minutes": self.minutes(), **row}
+        new = not self.path.exists()
+        with open(self.path, "a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if new:
+                writer.writerow(row)
+            writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
+
+    def line(self, step, steps, text):
+        """Print progress, text, speed and time left."""
+        speed = (step - self.first_step) / (time.time() - self.started)
+        left = round(max(0, steps - step) / speed / 60)
+        print(
+            f"{step:>11,} {min(1, step / steps):4.0%}  {text}  "
+            f"{speed:,.0f} steps/s  {left} min left",
+            flush=True,
+        )
+
+
+def mean(values):
+    """Mean of a collection; nan if it is empty."""
+    return sum(values) / len(values) if values else math.nan
+
+
+# Ctrl-C
+
+
+class Stop:
+    """True once Ctrl-C was pressed, or a polite kill came; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this round; once more to stop at once", flush=True)
+
+    def __bool__(self):
+        return self.asked

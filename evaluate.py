@@ -1,0 +1,444 @@
+"""The ruler: measure checkpoints of any stage on whole games, and make the tables and pictures.
+
+A score is the raw return of a whole game, played with epsilon 0.05 after 0 to 29 no-ops, and cut at
+108,000 frames. Each lane plays one game, or short games would count more often than long ones.
+
+    python evaluate.py --runs runs/mimic                          # the mimic beside its experts
+    python evaluate.py --runs experts/*.pt --random --sticky 0.25 # sticky actions, and chance
+    python evaluate.py --curves runs/transfer-breakout-*/log.csv  # learning curves
+    python evaluate.py --runs runs/mimic --games 1 --gif          # one network playing all its games
+
+Output: the table, also as results/table.csv; bars in table.png, learning curves in
+table-curves.png, the film in table.gif. --out and --name choose another folder and another name.
+"""
+
+import csv
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AutoresetMode
+from matplotlib import animation
+from matplotlib.figure import Figure
+from torch import nn
+
+import common
+
+# Score of a random player, of a human (both as in most papers; no-op starts), and of DQN (2015).
+REFERENCE = {
+    "assault": (222.4, 742.0, 3359),
+    "atlantis": (12850.0, 29028.1, 85641),
+    "beam_rider": (363.9, 16926.5, 6846),
+    "boxing": (0.1, 12.1, 71.8),
+    "breakout": (1.7, 30.5, 401.2),
+    "crazy_climber": (10780.5, 35829.4, 114103),
+    "demon_attack": (152.1, 1971.0, 9711),
+    "enduro": (0.0, 860.5, 301.8),
+    "fishing_derby": (-91.7, -38.7, -0.8),
+    "freeway": (0.0, 29.6, 30.3),
+    "gopher": (257.6, 2412.5, 8520),
+    "kangaroo": (52.0, 3035.0, 6740),
+    "krull": (1598.0, 2665.5, 3805),
+    "ms_pacman": (307.3, 6951.6, 2311),
+    "name_this_game": (2292.3, 8049.0, 7257),
+    "pong": (-20.7, 14.6, 18.9),
+    "qbert": (163.9, 13455.0, 10596),
+    "road_runner": (11.5, 7845.0, 18257),
+    "robotank": (2.2, 11.9, 51.6),
+    "seaquest": (68.4, 42054.7, 5286),
+    "space_invaders": (148.0, 1668.7, 1976),
+    "star_gunner": (664.0, 10250.0, 57997),
+    "video_pinball": (16256.9, 17667.9, 42684),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    runs: tuple = ()  # checkpoints, or folders of runs, of any stage
+    curves: tuple = ()  # logs to draw; names that differ only in -s<seed> become one curve
+    games: int = 30  # games per network and game, one on each lane
+    epsilon: float = 0.05  # share of random actions, as in the paper's tests
+    sticky: float = 0.0  # probability that the emulator repeats the last action instead
+    seed: int = 1  # of exploration and emulators
+    random: bool = False  # also measure a random policy on every game
+    gif: bool = False  # also film the first network, all its games side by side
+    film: int = 160  # steps in the GIF, 15 a second
+    out: str = "results"  # folder of tables and pictures
+    name: str = "table"  # their names begin with this
+    device: str = "auto"  # auto, cpu, cuda or mps
+    precision: str = "auto"  # auto, float32 or bfloat16
+
+    def __post_init__(self):
+        common.require(self.runs or self.curves, "name checkpoints in --runs or logs in --curves")
+        common.require(self.runs or not (self.random or self.gif), "--random and --gif need --runs")
+        common.require_positive(self, "games", "film")
+        common.require_shares(self, "epsilon", "sticky")
+        common.require_range(self, 0, 2**31 - 1, "seed")
+
+
+def make_envs(game, lanes, sticky=0.0, max_frames=108_000):
+    """Start `lanes` emulators of one game; observations are (lanes, 4, 84, 84) uint8, newest last.
+
+    A step repeats its action for 4 frames and shows the brighter of the last two, in grey, resized
+    to 84x84. Rewards are raw. A lost life sets `terminated`, and the game goes on; game over, or
+    the time limit (`truncated`), starts the next game, after up to 29 no-ops, within the same step.
+    """
+    return AtariVectorEnv(
+        game,
+        lanes,
+        num_threads=min(lanes, os.cpu_count()),
+        full_action_space=True,
+        reward_clipping=False,
+        life_loss_info=True,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+        repeat_action_probability=sticky,
+        max_num_frames_per_episode=max_frames,
+    )
+
+
+def legal_actions(game):
+    """Return the (18,) bool mask of the game's minimal action set within the full ALE set."""
+    legal = torch.zeros(18, dtype=torch.bool)
+    legal[[action.value for action in AtariVectorEnv(game, 1).ale.get_action_set()]] = True
+    return legal
+
+
+class AtariNet(nn.Module):
+    """The paper's network with LayerNorm: convolutions, linear layers, a score for each action.
+
+    obs (B, 4, 84, 84) uint8 -> scores (B, 18), features (B, F), the activations that feed the
+    output layer. Scores are Q-values in an expert and in transfer, and logits in the mimic.
+    """
+
+    def __init__(self, channels=(32, 64, 64), hidden=(512,)):
+        super().__init__()
+        layers, width, size = [], 4, 84
+        for out, kernel, stride in zip(channels, (8, 4, 3, 3), (4, 2, 1, 1)):
+            # One group: LayerNorm over channels and positions. Paper: no normalisation.
+            layers += [nn.Conv2d(width, out, kernel, stride), nn.GroupNorm(1, out), nn.ReLU()]
+            width, size = out, (size - kernel) // stride + 1
+        layers.append(nn.Flatten())
+        width *= size * size
+        for out in hidden:
+            layers += [nn.Linear(width, out), nn.LayerNorm(out), nn.ReLU()]
+            width = out
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(width, 18)
+        for layer in self.body:
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
+                nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.head.weight)  # every action starts out equal
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, obs):
+        features = self.body(obs / 255)
+        return self.head(features), features
+
+
+def act(scores, legal, epsilon, rng):
+    """Choose epsilon-greedily: the best legal action, or with probability epsilon any legal one.
+
+    scores: (N, 18); legal: (18,) or (N, 18) bool; returns (N,) int64. All on the CPU.
+    """
+    greedy = scores.masked_fill(~legal, -torch.inf).argmax(1)
+    random = torch.multinomial(legal.float().expand_as(scores), 1, generator=rng).squeeze(1)
+    return torch.where(torch.rand(len(scores), generator=rng) < epsilon, random, greedy)
+
+
+def play(net, game, args, device, autocast):
+    """Play `args.games` whole games side by side and return their scores, (games,) float64.
+
+    net: an AtariNet, or None for a random policy.
+    """
+    envs, legal = make_envs(game, args.games, args.sticky), legal_actions(game)
+    rng = torch.Generator().manual_seed(args.seed)
+    obs, info = envs.reset(seed=torch.randint(2**31 - 1, (args.games,), generator=rng).numpy())
+    frame, scores = info["episode_frame_number"], np.zeros(args.games)
+    playing = np.ones(args.games, dtype=bool)  # each lane's first game; what follows is not counted
+    logits = torch.zeros(args.games, 18)
+    while playing.any():
+        if net:
+            with torch.inference_mode(), autocast:
+                pictures = torch.from_numpy(obs[playing]).to(device)
+                logits[torch.from_numpy(playing)] = net(pictures)[0].float().cpu()
+        actions = act(logits, legal, args.epsilon if net else 1.0, rng)
+        obs, reward, _, _, info = envs.step(actions.numpy())
+        scores += reward * playing
+        playing &= info["episode_frame_number"] > frame  # the counter falls when a new game begins
+        frame = info["episode_frame_number"]
+    return scores
+
+
+def interquartile_mean(values):
+    """Mean of the middle half of the values."""
+    values = np.sort(np.ravel(values))
+    cut = len(values) // 4
+    return values[cut : len(values) - cut].mean()
+
+
+def bootstrap(scores, statistic, resamples=2_000):
+    """Return a statistic and the two ends of its 95 % interval, by a stratified bootstrap.
+
+    scores: (games, plays), resampled within each game; statistic: such an array -> float.
+    """
+    rng, plays = np.random.default_rng(0), scores.shape[1]
+    draws = [
+        statistic(np.take_along_axis(scores, rng.integers(plays, size=scores.shape), 1))
+        for _ in range(resamples)
+    ]
+    return statistic(scores), *np.percentile(draws, [2.5, 97.5])
+
+
+def load_networks(args, device):
+    """Read the checkpoints of `--runs`, and the experts of each mimic if they are still there.
+
+    Returns {label: (net, games)}, net being None for the random policy, and {game: expert's label}.
+    """
+    networks, expert_of, paths = {}, {}, list(args.runs)
+    for path in paths:  # grows: a mimic adds its experts
+        checkpoint = common.load_checkpoint(path, ("expert", "mimic", "transfer"))
+        net = AtariNet(**checkpoint["net_args"]).to(device, memory_format=torch.channels_last)
+        common.load_weights(net, checkpoint, path)
+        networks[path] = net, checkpoint["games"]
+        if checkpoint["stage"] == "expert":
+            expert_of.setdefault(checkpoint["games"][0], path)
+        paths += [p for p in checkpoint.get("experts", []) if p not in paths and Path(p).exists()]
+    if args.random:
+        networks["random"] = (
+            None,
+            sorted({game for _, games in networks.values() for game in games}),
+        )
+    return networks, expert_of
+
+
+def make_rows(results, expert_of):
+    """Turn {label: {game: scores}} into the table: one dict per network and game."""
+    rows = []
+    for label, by_game in results.items():
+        for game, scores in by_game.items():
+            random, human, dqn = REFERENCE.get(game, (math.nan,) * 3)
+            expert = results[expert_of[game]][game].mean() if game in expert_of else math.nan
+            rows.append(
+                {
+                    "network": label,
+                    "game": game,
+                    "games": len(scores),
+                    "mean": scores.mean(),
+                    "std": scores.std(),
+                    "max": scores.max(),
+                    "random": random,
+                    "human": human,
+                    "dqn_2015": dqn,
+                    "expert": expert,
+                    "% expert": 100 * scores.mean() / expert if expert else math.nan,
+                    "% human": 100 * (scores.mean() - random) / (human - random),
+                }
+            )
+    return rows
+
+
+def print_table(rows):
+    """Print the rows in columns."""
+    shown = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
+    lines = [list(rows[0]), *([cell.replace("nan", "-") for cell in line] for line in shown)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        left = [cell.ljust(width) for cell, width in zip(line[:2], widths)]
+        right = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:])]
+        print("  ".join(left + right))
+
+
+def print_summary(rows, results):
+    """Print, for each network of several games, median and interquartile mean over its games.
+
+    human: 100 * (score - random) / (human - random); expert: 100 * score / the expert's mean.
+    """
+    for label, by_game in results.items():
+        mine = [row for row in rows if row["network"] == label]
+        zero = {"expert": [0.0 for _ in mine], "human": [row["random"] for row in mine]}
+        for unit in ("expert", "human"):
+            low, high = np.array(zero[unit]), np.array([row[unit] for row in mine])
+            if len(mine) < 2 or np.isnan(high - low).any() or (high == low).any():
+                continue
+            percent = 100 * (np.stack(list(by_game.values())).T - low) / (high - low)
+            median = bootstrap(percent.T, lambda scores: np.median(scores.mean(1)))
+            middle = bootstrap(percent.T, interquartile_mean)
+            print(f"{label}, per cent of {unit}: ", end="")
+            print("median {:.1f} (95 % interval {:.1f} to {:.1f}), ".format(*median), end="")
+            print("interquartile mean {:.1f} ({:.1f} to {:.1f})".format(*middle))
+
+
+def write_csv(rows, path):
+    """Write the rows, numbers to six digits."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(rows[0])
+        for row in rows:
+            writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
+
+
+def draw_bars(rows, path):
+    """Draw each network's score per game in per cent of the expert, or of a human without experts."""
+    unit = "% human" if all(math.isnan(row["% expert"]) for row in rows) else "% expert"
+    labels = list(dict.fromkeys(row["network"] for row in rows))
+    games = list(dict.fromkeys(row["game"] for row in rows))
+    figure = Figure(figsize=(2 + 2 * len(games), 4), layout="constrained")
+    axes, width = (
+        figure.subplots(),
+        0.8 / max(sum(r["game"] == game for r in rows) for game in games),
+    )
+    used = dict.fromkeys(games, 0)  # bars drawn above each game so far
+    for label in labels:
+        mine = [row for row in rows if row["network"] == label]
+        x = [games.index(row["game"]) + used[row["game"]] * width for row in mine]
+        bars = axes.bar(x, [row[unit] for row in mine], width, label=label)
+        axes.bar_label(bars, [f"{row['mean']:,.1f}" for row in mine], fontsize=8)
+        for row in mine:
+            used[row["game"]] += 1
+    middles = [i + (used[game] - 1) / 2 * width for i, game in enumerate(games)]
+    axes.set_xticks(middles, [game.replace("_", " ") for game in games])
+    axes.axhline(100, color="grey", linewidth=0.8)
+    axes.set_ylabel(f"{unit} (above the bars: score)")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=120)
+
+
+def read_log(path):
+    """Read a log as {column: (rows,) float array}; raises UserError if it is missing or no log."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        log = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+    except (OSError, ValueError, TypeError, IndexError):
+        log = {}
+    if "step" not in log or not any(name.endswith("score") for name in log):
+        raise common.UserError(f"{path} is not a log of this project")
+    return log
+
+
+def group_curves(paths):
+    """Read logs as {game: {label: [(steps, scores), ...]}}, with one label for all seeds of a run.
+
+    A run is named by its folder, or its file: expert-<game>, mimic, transfer-<game>-<arm>-s<seed>.
+    """
+    groups = {}
+    for path in map(Path, paths):
+        log, name = read_log(path), path.parent.name if path.stem == "log" else path.stem
+        label = re.sub(r"-s\d+$", "", name)
+        for column in [column for column in log if column.endswith("score")]:
+            game = (
+                column.removesuffix("_score") if column != "score" else (label + "-").split("-")[1]
+            )
+            groups.setdefault(game, {}).setdefault(label, []).append((log["step"], log[column]))
+    return groups
+
+
+def draw_curves(groups, path):
+    """Draw score against steps, a panel per game; several seeds give a mean and a 95 % interval."""
+    columns = min(len(groups), 4)
+    lines = math.ceil(len(groups) / columns)
+    figure = Figure(figsize=(4.5 * columns, 3.4 * lines), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for panel in panels[len(groups) :]:
+        panel.axis("off")
+    for panel, (game, curves) in zip(panels, groups.items()):
+        for label, seeds in curves.items():
+            steps = max((steps for steps, _ in seeds), key=len)
+            scores = np.stack([np.interp(steps, *seed, right=np.nan) for seed in seeds])
+            (line,) = panel.plot(steps, scores.mean(0), label=f"{label} ({len(seeds)} seeds)")
+            if len(seeds) > 1:
+                half = 1.96 * scores.std(0, ddof=1) / math.sqrt(len(seeds))
+                low, high = scores.mean(0) - half, scores.mean(0) + half
+                panel.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
+            else:
+                line.set_label(label)
+        panel.set(title=game.replace("_", " "), xlabel="steps", ylabel="score")
+        panel.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def record(net, game, args, device, autocast):
+    """Play one game for `args.film` steps: its colour pictures and the score at each."""
+    envs, legal = make_envs(game, 1, args.sticky), legal_actions(game)
+    # A second emulator with the same seed and the same actions shows the same game in colour.
+    colour = AtariVectorEnv(
+        game,
+        1,
+        full_action_space=True,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+        repeat_action_probability=args.sticky,
+        grayscale=False,
+        img_height=210,
+        img_width=160,
+        stack_num=1,
+    )
+    rng = torch.Generator().manual_seed(args.seed)
+    obs, _ = envs.reset(seed=args.seed)
+    colour.reset(seed=args.seed)
+    pictures, scores = [], []
+    for _ in range(args.film):
+        with torch.inference_mode(), autocast:
+            logits = net(torch.from_numpy(obs).to(device))[0].float().cpu()
+        action = act(logits, legal, args.epsilon, rng).numpy()
+        obs, reward, _, _, _ = envs.step(action)
+        pictures.append(colour.step(action)[0][0, 0])
+        scores.append(int(reward[0]) + (scores[-1] if scores else 0))
+    return pictures, scores
+
+
+def write_gif(films, path):
+    """Write a GIF of several games side by side; films: {game: (pictures, scores)}."""
+    columns = min(len(films), 4)
+    lines = math.ceil(len(films) / columns)
+    figure = Figure(figsize=(1.6 * columns, 2.3 * lines), dpi=100)
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    figure.subplots_adjust(0, 0, 1, 1 - 0.2 / (2.3 * lines), 0.02, 0.1)
+    for panel in panels:
+        panel.axis("off")
+    images = [panel.imshow(pictures[0]) for panel, (pictures, _) in zip(panels, films.values())]
+    with animation.PillowWriter(fps=15).saving(figure, path, dpi=100) as writer:
+        for t in range(len(next(iter(films.values()))[0])):
+            for panel, image, (game, (pictures, scores)) in zip(panels, images, films.items()):
+                image.set_data(pictures[t])
+                panel.set_title(f"{game.replace('_', ' ')} {scores[t]}", fontsize=8, pad=2)
+            writer.grab_frame()
+
+
+def main(args):
+    device, out = common.pick_device(args.device), Path(args.out)
+    autocast = common.pick_autocast(args.precision, device)
+    networks, expert_of = load_networks(args, device)  # mistakes show before the games, not after
+    curves = group_curves(args.curves)
+    out.mkdir(parents=True, exist_ok=True)
+
+    if networks:
+        results = {}  # {label: {game: scores}}
+        for label, (net, games) in networks.items():
+            results[label] = {}
+            for game in games:
+                print(f"{label} plays {args.games} games of {game} ...", flush=True)
+                results[label][game] = play(net, game, args, device, autocast)
+        rows = make_rows(results, expert_of)
+        print_table(rows)
+        print_summary(rows, results)
+        write_csv(rows, out / f"{args.name}.csv")
+        draw_bars(rows, out / f"{args.name}.png")
+        print(f"wrote {out / args.name}.csv and .png")
+    if curves:
+        draw_curves(curves, out / f"{args.name}-curves.png")
+        print(f"wrote {out / args.name}-curves.png")
+    if args.gif:
+        net, games = next(iter(networks.values()))
+        films = {game: record(net, game, args, device, autocast) for game in games}
+        write_gif(films, out / f"{args.name}.gif")
+        print(f"wrote {out / args.name}.gif")
+
+
+if __name__ == "__main__":
+    common.run(main, Args)

@@ -1,0 +1,200 @@
+"""Every loss and target against a closed form or a slow second way."""
+
+import math
+
+import pytest
+import torch
+
+from train_expert import (
+    AtariNet,
+    act,
+    greedy_value,
+    legal_actions,
+    make_envs,
+    q_lambda_targets,
+    td_loss,
+)
+from train_mimic import feature_loss, policy_loss, q_loss
+
+
+def test_q_lambda_targets_are_the_weighted_sum_of_n_step_returns():
+    torch.manual_seed(0)
+    T, N, gamma, lam = 6, 5, 0.9, 0.7
+    rewards, max_q, stop = torch.randn(T, N), torch.randn(T + 1, N), torch.rand(T, N) < 0.3
+    targets = q_lambda_targets(rewards, stop, max_q, gamma, lam)
+    for lane in range(N):
+        for t in range(T):
+            end = next(
+                (i for i in range(t, T) if stop[i, lane]), None
+            )  # the step that ends the return
+            last = T - 1 if end is None else end
+
+            def n_step(
+                n,
+            ):  # the return of n rewards and then the best Q-value, or of all rewards up to the stop
+                total = sum(gamma**i * rewards[t + i, lane].item() for i in range(n))
+                return total if t + n - 1 == end else total + gamma**n * max_q[t + n, lane].item()
+
+            longest = last - t + 1
+            expected = sum((1 - lam) * lam ** (n - 1) * n_step(n) for n in range(1, longest))
+            expected += lam ** (longest - 1) * n_step(longest)
+            assert targets[t, lane].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_q_lambda_targets_at_both_ends_of_lambda():
+    rewards, stop = torch.tensor([[1.0], [0.0], [2.0]]), torch.zeros(3, 1, dtype=torch.bool)
+    max_q = torch.tensor([[9.0], [5.0], [7.0], [3.0]])
+    assert q_lambda_targets(rewards, stop, max_q, 0.5, 0.0).flatten().tolist() == [3.5, 3.5, 3.5]
+    assert q_lambda_targets(rewards, stop, max_q, 0.5, 1.0).flatten().tolist() == [1.875, 1.75, 3.5]
+
+
+def test_td_loss_and_its_gradient():
+    q = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    loss = td_loss(q, torch.tensor([0, 1]), torch.tensor([0.0, 7.0]))
+    assert loss.item() == pytest.approx((1 + 9) / 2)
+    loss.backward()
+    assert q.grad.tolist() == [[1.0, 0.0], [0.0, -3.0]]
+
+
+def test_policy_loss_is_the_cross_entropy_and_its_gradient_the_difference_of_the_policies():
+    torch.manual_seed(0)
+    B, temperature, legal = 7, 0.3, torch.rand(18) < 0.5
+    logits, q = torch.randn(B, 18, requires_grad=True), torch.randn(B, 18)
+    loss = policy_loss(logits, q, legal, temperature)
+    actions = [a for a in range(18) if legal[a]]
+    expected, gradient = 0.0, torch.zeros(B, 18)
+    for b in range(B):
+        z = sum(math.exp(q[b, a] / temperature) for a in actions)
+        zs = sum(math.exp(logits[b, a]) for a in actions)
+        for a in actions:
+            expert, student = math.exp(q[b, a] / temperature) / z, math.exp(logits[b, a]) / zs
+            expected -= expert * math.log(student) / B
+            gradient[b, a] = (student - expert) / B
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    torch.testing.assert_close(logits.grad, gradient)
+    assert (logits.grad[:, ~legal] == 0).all()
+
+
+def test_q_loss_sees_legal_actions_only():
+    legal = torch.zeros(18, dtype=torch.bool)
+    legal[[2, 5]] = True
+    student, expert = torch.zeros(1, 18, requires_grad=True), torch.full((1, 18), 3.0)
+    loss = q_loss(student, expert, legal)
+    assert loss.item() == 9.0
+    loss.backward()
+    assert student.grad[0].nonzero().flatten().tolist() == [2, 5]
+
+
+def test_feature_loss_sums_over_features_and_averages_over_the_batch():
+    assert (
+        feature_loss(torch.ones(2, 3), torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 3.0]])).item()
+        == (3 + 4) / 2
+    )
+
+
+def test_act_explores_legal_actions_only_and_as_often_as_asked():
+    rng, n = torch.Generator().manual_seed(0), 40_000
+    legal = legal_actions("pong")  # 6 of 18
+    scores = torch.arange(18.0).expand(n, 18)  # the best of all, 17, is not legal
+    best = max(a for a in range(18) if legal[a])
+    assert (act(scores, legal, 0.0, rng) == best).all()
+    actions = act(scores, legal, 0.3, rng)
+    share = torch.bincount(actions, minlength=18) / n
+    assert (share[~legal] == 0).all()
+    expected = torch.where(legal, 0.3 / 6, 0.0)
+    expected[best] += 0.7
+    torch.testing.assert_close(share, expected, atol=0.01, rtol=0)
+
+
+def test_act_with_a_mask_for_each_row():
+    legal = torch.eye(18, dtype=torch.bool)
+    actions = act(torch.zeros(18, 18), legal, 0.5, torch.Generator().manual_seed(0))
+    assert actions.tolist() == list(range(18))
+
+
+def test_same_picture_with_another_mask_is_the_only_way_the_network_can_tell_games_apart():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 18).expand(500, 18)
+    rng = torch.Generator().manual_seed(0)
+    chosen = {
+        game: set(act(logits, legal_actions(game), 1.0, rng).tolist())
+        for game in ("pong", "freeway")
+    }
+    for game, actions in chosen.items():
+        assert actions == set(legal_actions(game).nonzero().flatten().tolist())
+
+
+def test_greedy_value_ignores_illegal_actions():
+    legal = torch.tensor([True, False, True])
+    assert greedy_value(torch.tensor([[1.0, 9.0, 2.0]]), legal).tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    "channels, hidden, parameters",
+    [((32, 64, 64), (512,), 1_693_362), ((256, 512, 512, 512), (2048, 1024), 35_223_826)],
+)
+def test_network_has_the_papers_size(channels, hidden, parameters):
+    net = AtariNet(channels, hidden)
+    norms = 2 * (sum(channels) + sum(hidden))  # a scale and a shift: what LayerNorm adds
+    assert sum(p.numel() for p in net.parameters()) == parameters + norms
+    scores, features = net(torch.zeros(2, 4, 84, 84, dtype=torch.uint8))
+    assert scores.shape == (2, 18) and features.shape == (2, hidden[-1]) and (features >= 0).all()
+
+
+def test_q_learning_reaches_the_known_values_of_a_small_world():
+    # Five rooms in a row; action 1 goes right, action 0 stays; leaving the last room pays 1 and ends.
+    torch.manual_seed(0)
+    gamma, rooms, T, N = 0.8, 5, 8, 16
+    q = torch.zeros(rooms, 2, requires_grad=True)
+    optimizer = torch.optim.SGD([q], lr=5.0)
+    room = torch.zeros(N, dtype=torch.int64)
+    for _ in range(400):
+        visited, actions = torch.empty(T, N, dtype=torch.int64), torch.randint(2, (T, N))
+        rewards, stop, values = (
+            torch.zeros(T, N),
+            torch.zeros(T, N, dtype=torch.bool),
+            torch.empty(T + 1, N),
+        )
+        for t in range(T):
+            visited[t], values[t] = room, q[room].detach().amax(1)
+            room = room + actions[t]
+            stop[t] = room == rooms
+            rewards[t] = stop[t].float()
+            room[stop[t]] = 0
+        values[T] = q[room].detach().amax(1)
+        targets = q_lambda_targets(rewards, stop, values, gamma, 0.0)
+        optimizer.zero_grad()
+        td_loss(q[visited.flatten()], actions.flatten(), targets.flatten()).backward()
+        optimizer.step()
+    right = torch.tensor([gamma ** (rooms - 1 - s) for s in range(rooms)])
+    torch.testing.assert_close(
+        q.detach(), torch.stack([gamma * right, right], 1), atol=0.01, rtol=0
+    )
+
+
+def test_student_reaches_the_policy_of_a_frozen_expert():
+    torch.manual_seed(0)
+    legal, rng = legal_actions("breakout"), torch.Generator().manual_seed(0)
+    envs = make_envs("breakout", 16)
+    pictures, _ = envs.reset(seed=1)
+    seen = []
+    for _ in range(12):
+        pictures = envs.step(act(torch.zeros(16, 18), legal, 1.0, rng).numpy())[0]
+        seen.append(torch.from_numpy(pictures))
+    obs = torch.cat(seen)
+    expert, student = AtariNet((8, 8), (32,)), AtariNet((8, 8), (32,))
+    torch.nn.init.orthogonal_(expert.head.weight)
+    with torch.no_grad():
+        expert_q = expert(obs)[0]
+        expert_q[:, legal] -= expert_q[:, legal].mean(0)  # otherwise one action is best everywhere
+    optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = policy_loss(student(obs)[0], expert_q, legal, 0.02)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        agree = student(obs)[0][:, legal].argmax(1) == expert_q[:, legal].argmax(1)
+    assert len(set(expert_q[:, legal].argmax(1).tolist())) > 1
+    assert agree.float().mean() > 0.9

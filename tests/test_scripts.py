@@ -1,0 +1,575 @@
+"""All four scripts through their command lines, on real games at small scale; losses, bad input, and the house rules."""
+
+import ast
+import csv
+import importlib
+import os
+import pickle
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import UserError, load_checkpoint, load_state, parse_args, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("train_expert", "train_mimic", "transfer", "evaluate")
+TINY = "--lanes 4 --rollout 8 --device cpu --precision float32"
+EXPERT = f"train_expert.py {TINY} --minibatch 16 --channels 4 8 --hidden 16 --steps 320 --report-every 64"
+MIMIC = (
+    f"train_mimic.py {TINY} --minibatch 8 --channels 4 8 --hidden 24 --steps 320 --report-every 64 --replay 400 "
+    "--experts runs/expert-pong/expert.pt runs/expert-boxing/expert.pt"
+)
+TRANSFER = f"transfer.py --game breakout {TINY} --minibatch 16 --steps 320 --report-every 64"
+
+
+def call(folder, command, **more):
+    return subprocess.run(
+        [sys.executable, *shlex.split(command)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **more,
+    )
+
+
+def run(folder, command):
+    done = call(folder, command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def refused(folder, command, *words, **more):
+    """The command ends with status 2 and one line that holds all words, and changes no file."""
+    before = contents(folder)
+    done = call(folder, command, **more)
+    lines = [
+        line
+        for line in done.stderr.splitlines()
+        if not line.startswith("usage:") and not line.startswith("  ")
+    ]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert contents(folder) == before
+
+
+def contents(folder):
+    return {
+        path: path.read_bytes()
+        for path in Path(folder).rglob("*")
+        if path.is_file() and "__pycache__" not in str(path)
+    }
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same(a, b):
+    """Two checkpoints hold the same numbers."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(
+            same(a[k], b[k]) for k in a if k not in ("minutes", "command")
+        )
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory):
+    """A folder with all scripts, two small experts and a mimic of them."""
+    folder = tmp_path_factory.mktemp("studio")
+    for name in (*SCRIPTS, "common"):
+        shutil.copy(ROOT / f"{name}.py", folder)
+    run(folder, EXPERT + " --game pong")
+    run(folder, EXPERT + " --game boxing --hidden 16 20")
+    run(folder, MIMIC)
+    return folder
+
+
+@pytest.fixture
+def copy(studio, tmp_path):
+    return Path(shutil.copytree(studio, tmp_path / "copy"))
+
+
+# ---- the four stages
+
+
+def test_experts_hand_over_their_weights(studio):
+    full, small = (
+        load_checkpoint(studio / f"runs/expert-pong/{name}.pt", ("expert",))
+        for name in ("checkpoint", "expert")
+    )
+    assert full["step"] == small["step"] == 320 and full["games"] == ["pong"]
+    assert "optimizer" in full and "optimizer" not in small
+    for name, weight in full["net"].items():
+        assert small["net"][name].dtype == torch.half
+        torch.testing.assert_close(small["net"][name].float(), weight, atol=1e-3, rtol=1e-3)
+    assert small["command"] and small["machine"] and small["minutes"] > 0 and "max_q" in small
+    log = rows(studio / "runs/expert-pong/log.csv")
+    assert [int(row["step"]) for row in log] == [32, 64, 128, 192, 256, 320]
+    assert float(log[0]["epsilon"]) > float(log[-1]["epsilon"]) and float(log[-1]["lr"]) < float(
+        log[0]["lr"]
+    )
+
+
+def test_mimic_log_and_checkpoint(studio):
+    mimic = load_checkpoint(studio / "runs/mimic", ("mimic",))
+    assert mimic["games"] == ["pong", "boxing"] and len(mimic["experts"]) == 2
+    assert mimic["regressors"]["0.weight"].shape == (16, 24) and mimic["regressors"][
+        "1.weight"
+    ].shape == (20, 24)
+    last = rows(studio / "runs/mimic/log.csv")[-1]
+    for game in ("pong", "boxing"):
+        assert float(last[f"{game}_policy_loss"]) > 0 and float(last[f"{game}_feature_loss"]) > 0
+        assert 0 <= float(last[f"{game}_agreement"]) <= 1 and f"{game}_percent" in last
+
+
+@pytest.mark.parametrize(
+    "flags", ["--objective q", "--actor expert", "--feature-weight 0", "--temperature 1"]
+)
+def test_ideas_of_the_mimic_can_be_switched(copy, flags):
+    run(copy, MIMIC.replace("--steps 320", "--steps 64") + f" --out runs/other {flags}")
+    one, other = (
+        load_checkpoint(copy / f"runs/{name}", ("mimic",))["net"] for name in ("mimic", "other")
+    )
+    assert not same(one, other)
+
+
+def test_feature_weight_zero_leaves_the_regressors_alone(copy):
+    torch.manual_seed(1)
+    run(copy, MIMIC.replace("--steps 320", "--steps 32") + " --out runs/a --feature-weight 0")
+    run(copy, MIMIC + " --out runs/b --feature-weight 0")
+    a, b = (load_checkpoint(copy / f"runs/{name}", ("mimic",)) for name in "ab")
+    assert same(a["regressors"], b["regressors"]) and not same(a["net"], b["net"])
+
+
+def test_transfer_starts_from_the_mimic_and_the_control_does_not(copy):
+    frozen = TRANSFER.replace("--steps 320", "--steps 32") + " --lr 1e-12"
+    run(copy, frozen + " --arm mimic")
+    run(copy, frozen + " --arm control")
+    run(copy, frozen + " --arm mimic --reset-head --out runs/reset")
+    mimic = load_checkpoint(copy / "runs/mimic", ("mimic",))["net"]
+    arms = {
+        arm: load_checkpoint(copy / f"runs/{arm}", ("transfer",))
+        for arm in ("transfer-breakout-mimic-s1", "transfer-breakout-control-s1", "reset")
+    }
+    close = {
+        arm: {
+            name: torch.allclose(weight, mimic[name], atol=1e-4)
+            for name, weight in checkpoint["net"].items()
+        }
+        for arm, checkpoint in arms.items()
+    }
+    assert all(close["transfer-breakout-mimic-s1"].values())
+    assert not close["transfer-breakout-control-s1"]["body.0.weight"]
+    assert close["reset"]["body.0.weight"] and not close["reset"]["head.weight"]
+    assert len({str(checkpoint["net_args"]) for checkpoint in arms.values()}) == 1
+
+
+def test_transfer_to_a_source_game_is_a_warning(copy):
+    done = call(copy, TRANSFER.replace("breakout", "pong"))
+    assert done.returncode == 0 and "warning" in done.stderr
+
+
+def test_evaluate_measures_draws_and_films(copy):
+    run(copy, TRANSFER)
+    run(copy, TRANSFER + " --seed 2")
+    said = run(
+        copy,
+        "evaluate.py --runs runs/mimic --random --games 2 --gif --film 5 --device cpu "
+        "--curves runs/transfer-breakout-mimic-s1/log.csv runs/transfer-breakout-mimic-s2/log.csv "
+        "runs/mimic/log.csv runs/expert-pong/log.csv",
+    )
+    table = rows(copy / "results/table.csv")
+    assert {(row["network"], row["game"]) for row in table} == {
+        (network, game)
+        for network, games in (
+            ("runs/mimic", ("pong", "boxing")),
+            ("runs/expert-pong/expert.pt", ("pong",)),
+            ("runs/expert-boxing/expert.pt", ("boxing",)),
+            ("random", ("pong", "boxing")),
+        )
+        for game in games
+    }
+    for row in table:
+        if row["game"] == "pong":
+            assert -21 <= float(row["mean"]) <= 21 and float(row["max"]) >= float(row["mean"])
+        expert = next(r for r in table if "expert-" in r["network"] and r["game"] == row["game"])
+        assert float(row["expert"]) == float(expert["mean"])
+        assert float(row["% expert"]) == pytest.approx(
+            100 * float(row["mean"]) / float(expert["mean"]), rel=1e-4
+        )
+    assert "per cent of expert: median" in said and "per cent of human: median" in said
+    for name in ("table.png", "table-curves.png"):
+        assert (copy / "results" / name).read_bytes().startswith(b"\x89PNG")
+    assert (copy / "results/table.gif").read_bytes().startswith(b"GIF8")
+
+
+def test_evaluate_is_repeatable_and_sticky_actions_change_it(copy):
+    command = "evaluate.py --runs runs/expert-boxing/expert.pt --games 2 --device cpu --out "
+    for name, flags in (("a", ""), ("b", ""), ("c", " --sticky 0.25")):
+        run(copy, command + name + flags)
+    a, b, c = ((copy / name / "table.csv").read_text() for name in "abc")
+    assert a == b != c
+
+
+# ---- one run, stopped and continued
+
+
+@pytest.mark.parametrize("command", [EXPERT + " --game boxing", MIMIC])
+def test_same_seed_same_run(copy, command):
+    for name in ("a", "b"):
+        run(copy, f"{command} --out runs/{name}")
+    run(copy, f"{command} --out runs/c --seed 2")
+    a, b, c = (load_checkpoint(copy / f"runs/{name}", ("expert", "mimic")) for name in "abc")
+    for checkpoint in (a, b):
+        del checkpoint["args"]["out"]
+    assert same(a, b) and not same(a["net"], c["net"])
+
+
+@pytest.mark.parametrize("command", [EXPERT + " --game pong", MIMIC, TRANSFER])
+def test_same_command_goes_on_and_steps_may_grow(copy, command):
+    # Exact in weights, optimizer, random generator and log; the emulators begin new games, since their state cannot be
+    # saved, and the mimic fills its replay anew. So two continuations equal each other, not the run that never stopped.
+    run(copy, f"{command} --out runs/one")
+    finished = contents(copy / "runs/one")
+    shutil.copytree(copy / "runs/one", copy / "saved")
+    ends = []
+    for _ in range(2):
+        said = run(copy, f"{command} --out runs/one --steps 640")
+        assert "goes on at step 320" in said
+        ends.append(load_checkpoint(copy / "runs/one", ("expert", "mimic", "transfer")))
+        assert [int(row["step"]) for row in rows(copy / "runs/one/log.csv")] == [32] + list(
+            range(64, 321, 64)
+        ) + list(range(352, 353)) + list(range(384, 641, 64))
+        shutil.rmtree(copy / "runs/one")
+        shutil.copytree(copy / "saved", copy / "runs/one")
+    assert same(*ends)
+    assert (copy / "runs/one/log.csv").read_bytes() == next(
+        v for k, v in finished.items() if k.name == "log.csv"
+    )
+
+
+def test_stop_and_continue_equals_never_stopped_on_the_same_data(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        net = torch.nn.Linear(4, 2)
+        return net, torch.optim.RAdam(net.parameters(), lr=0.1), torch.Generator().manual_seed(0)
+
+    def learn(net, optimizer, rng, updates):
+        for _ in range(updates):
+            loss = net(torch.randn(8, 4, generator=rng)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    straight, stopped, continued = make(), make(), make()
+    learn(*straight, 20)
+    learn(*stopped, 12)
+    net, optimizer, rng = stopped
+    save_checkpoint(
+        tmp_path / "c.pt",
+        {
+            "stage": "expert",
+            "net": net.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "rng": rng.get_state(),
+        },
+    )
+    load_state(load_checkpoint(tmp_path / "c.pt", ("expert",)), *continued)
+    learn(*continued, 8)
+    assert same(straight[0].state_dict(), continued[0].state_dict())
+
+
+def start(folder, command, lines):
+    """Start a long run, and wait until its log has some lines."""
+    process = subprocess.Popen(
+        [sys.executable, *shlex.split(command)],
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    log, deadline = folder / "runs/long/log.csv", time.time() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) > lines):
+        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("command", [EXPERT + " --game pong", MIMIC, TRANSFER])
+def test_ctrl_c_saves_and_says_how_to_go_on(copy, command):
+    command += " --out runs/long --steps 100_000 --report-every 1_000"
+    process = start(copy, command, 1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert (
+        process.returncode == 0
+        and "the same command goes on from step" in said
+        and "Traceback" not in said
+    )
+    step = load_checkpoint(copy / "runs/long", ("expert", "mimic", "transfer"))["step"]
+    assert int(rows(copy / "runs/long/log.csv")[-1]["step"]) == step > 0
+    assert f"goes on at step {step:,}" in run(copy, command.replace("100_000", str(step + 32)))
+
+
+def test_kill_at_any_moment_loses_no_file(copy):
+    command = (
+        EXPERT + " --game pong --out runs/long --steps 100_000 --report-every 32"
+    )  # saves all the time
+    for lines in (1, 30, 60):
+        process = start(copy, command, lines)
+        process.kill()
+        process.wait()
+        step = load_checkpoint(copy / "runs/long", ("expert",))["step"]
+        assert step > 0
+    with open(copy / "runs/long/log.csv", "a") as log:
+        log.write("999999,0.1,3")  # a row beyond the checkpoint, cut off by the kill
+    run(copy, command.replace("100_000", str(step + 64)))
+    steps = [int(row["step"]) for row in rows(copy / "runs/long/log.csv")]
+    assert steps == sorted(set(steps)) and steps[-1] == step + 64
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--game pongg", ["pongg", "pong"]),
+        ("--steps 0", ["--steps"]),
+        ("--lanes -1", ["--lanes"]),
+        ("--minibatch 33", ["--minibatch"]),
+        ("--epsilon 1.5", ["--epsilon"]),
+        ("--device tpu", ["--device"]),
+        ("--precision int8", ["--precision"]),
+        ("--hidden 0", ["--hidden"]),
+        ("--channels 4 4 4 4 4", ["--channels"]),
+        ("--lr 0", ["--lr"]),
+        ("--seed -1", ["--seed"]),
+        ("--stepz 3", ["--stepz"]),
+        ("--ste 3", ["--ste"]),
+        ("--steps 1.5", ["--steps"]),
+        ("--gamma nan", ["--gamma"]),
+        ("--lr inf", ["--lr"]),
+        ("--out train_expert.py", ["train_expert.py"]),
+    ],
+)
+def test_expert_refuses_flags_out_of_range(studio, flags, words):
+    refused(studio, f"{EXPERT} --out runs/none {flags}", *words)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--temperature 0", ["--temperature"]),
+        ("--feature-weight -1", ["--feature-weight"]),
+        ("--actor me", ["--actor"]),
+        ("--objective v", ["--objective"]),
+        ("--replay 3", ["--replay"]),
+        ("--updates 0", ["--updates"]),
+        (
+            "--experts runs/expert-pong/expert.pt runs/expert-pong/checkpoint.pt",
+            ["two experts", "pong"],
+        ),
+        ("--experts runs/nothing.pt", ["runs/nothing.pt"]),
+        ("--experts", ["no experts"]),
+        ("--experts runs/mimic", ["stage mimic", "expert"]),
+        ("--experts common.py", ["common.py"]),
+    ],
+)
+def test_mimic_refuses(studio, flags, words):
+    refused(studio, f"{MIMIC} --out runs/none {flags}", *words)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--mimic runs/expert-pong", ["stage expert", "mimic"]),
+        ("--mimic nowhere", ["nowhere"]),
+        ("--arm both", ["--arm"]),
+        ("--arm control --reset-head", ["--reset-head"]),
+    ],
+)
+def test_transfer_refuses(studio, flags, words):
+    refused(studio, f"{TRANSFER} {flags}", *words)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("", ["--runs"]),
+        ("--runs nothing", ["nothing"]),
+        ("--runs common.py", ["common.py"]),
+        ("--curves common.py", ["common.py"]),
+        ("--runs runs/mimic --games 0", ["--games"]),
+        ("--runs runs/mimic --sticky 2", ["--sticky"]),
+        ("--curves runs/mimic/log.csv --random", ["--random"]),
+    ],
+)
+def test_evaluate_refuses(studio, flags, words):
+    refused(studio, f"evaluate.py {flags}", *words)
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(copy):
+    good = (copy / "runs/mimic/checkpoint.pt").read_bytes()
+    for name, content in (
+        ("cut", good[: len(good) // 2]),
+        ("empty", b""),
+        ("noise", os.urandom(500)),
+        ("flipped", good[:2000] + bytes(200) + good[2200:]),
+    ):
+        (copy / f"{name}.pt").write_bytes(content)
+        refused(copy, f"evaluate.py --runs {name}.pt", f"{name}.pt")
+    torch.save({"net": {}}, copy / "foreign.pt")
+    refused(copy, "evaluate.py --runs foreign.pt", "foreign.pt", "not a checkpoint of this project")
+
+
+def test_checkpoint_whose_weights_do_not_fit_is_refused(copy):
+    mimic = load_checkpoint(copy / "runs/mimic", ("mimic",))
+    mimic["net_args"]["hidden"] = [25]
+    save_checkpoint(copy / "wide.pt", mimic)
+    for command in ("evaluate.py --runs wide.pt", TRANSFER + " --mimic wide.pt"):
+        refused(copy, command, "wide.pt", "widths")
+
+
+def test_malicious_checkpoint_runs_no_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/exploded",)
+
+    for save in (torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb))):
+        save(Bomb(), tmp_path / "bomb.pt")
+        with pytest.raises(UserError):
+            load_checkpoint(tmp_path / "bomb.pt", ("expert",))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_folder_of_another_run_is_left_alone(copy):
+    refused(copy, EXPERT + " --game pong --lr 1e-3", "--lr", "runs/expert-pong")
+    refused(copy, EXPERT + " --game pong --steps 64", "--steps")
+    refused(copy, EXPERT + " --game pong --out runs/mimic", "stage mimic")
+    refused(copy, MIMIC.replace(" runs/expert-boxing/expert.pt", ""), "runs/mimic")
+    (copy / "runs/mimic/checkpoint.pt").unlink()
+    refused(copy, MIMIC, "without its checkpoint")
+
+
+def test_full_disk_is_one_line_and_keeps_the_old_checkpoint(copy):
+    command = EXPERT + " --game pong --steps 640"
+    limit = 8_000  # bytes per file: the checkpoint does not fit
+    refused(
+        copy,
+        command,
+        "could not write",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert "goes on at step 320" in run(copy, command)
+
+
+@pytest.mark.parametrize("command", [EXPERT + " --game pong", MIMIC, TRANSFER])
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights(copy, command):
+    done = call(copy, f"{command} --out runs/wild --lr 1e38")
+    assert done.returncode == 2 and "not finite" in done.stderr and "Traceback" not in done.stderr
+    if (copy / "runs/wild/checkpoint.pt").exists():
+        net = load_checkpoint(copy / "runs/wild", ("expert", "mimic", "transfer"))["net"]
+        assert all(weight.isfinite().all() for weight in net.values())
+
+
+# ---- the house rules
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_one_script_and_common_are_enough(tmp_path, name):
+    for file in (name, "common"):
+        shutil.copy(ROOT / f"{file}.py", tmp_path)
+    assert "--seed" in run(tmp_path, f"{name}.py --help")
+
+
+def test_same_name_same_source():
+    seen = {}
+    for name in SCRIPTS:
+        source = (ROOT / f"{name}.py").read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in (
+                "Args",
+                "main",
+            ):
+                seen.setdefault(node.name, {})[name] = ast.get_source_segment(source, node)
+    copies = {name for name, sources in seen.items() if len(sources) > 1}
+    assert {"make_envs", "legal_actions", "AtariNet", "act"} <= copies
+    for name in copies:
+        assert len(set(seen[name].values())) == 1, f"{name} differs between {', '.join(seen[name])}"
+    for name in ("make_envs", "legal_actions", "AtariNet", "act"):
+        assert len(seen[name]) == len(SCRIPTS)
+
+
+def test_transfer_differs_from_train_expert_by_a_screen():
+    diff = subprocess.run(
+        ["diff", "train_expert.py", "transfer.py"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    assert sum(line[0] in "<>" for line in diff.splitlines()) <= 60
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_is_used_and_explained(name):
+    module = importlib.import_module(name)
+    body = (ROOT / f"{name}.py").read_text().split("__post_init__")[1].split("\n\n\n", 1)[1]
+    for field in fields(module.Args):
+        assert re.search(rf"\bargs\.{field.name}\b", body), f"--{field.name} does nothing"
+
+
+@pytest.mark.parametrize("path", ["README.md", *(f"{name}.py" for name in SCRIPTS)])
+def test_every_command_that_is_written_down_parses(path):
+    text = (ROOT / path).read_text()
+    commands = re.findall(
+        r"python ((?:train_expert|train_mimic|transfer|evaluate)\.py[^#\n&`;]*)", text
+    )
+    assert commands
+    for command in commands:
+        script, *flags = shlex.split(command.rstrip(" |.,)"))
+        parse_args(importlib.import_module(script.removesuffix(".py")).Args, flags)
+
+
+def test_numbers_may_be_written_in_three_ways():
+    cls = importlib.import_module("train_expert").Args
+    assert {
+        parse_args(cls, ["--steps", text]).steps for text in ("10_000_000", "1e7", "10000000")
+    } == {10_000_000}
+
+
+def test_experts_that_ship_are_whole():
+    shipped = sorted((ROOT / "experts").glob("*.pt"))
+    assert len(shipped) >= 3
+    for path in shipped:
+        expert = load_checkpoint(path, ("expert",))
+        assert expert["games"] == [path.stem] and path.stat().st_size < 4e6
+        assert {"command", "step", "minutes", "score", "machine", "max_q"} <= expert.keys()
+        assert all(
+            weight.dtype == torch.half and weight.isfinite().all()
+            for weight in expert["net"].values()
+        )
+
+
+def test_wrong_stage_and_garbage_never_reach_the_network(tmp_path):
+    for content in ({"format": "actor-mimic-1", "stage": "mimic"}, ["a list"], torch.zeros(3)):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(UserError):
+            load_checkpoint(tmp_path / "x.pt", ("expert",))

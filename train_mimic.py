@@ -1,0 +1,338 @@
+"""Stage 2 of Actor-Mimic: train one network to play the games of all experts, by imitating them.
+
+Section 3 of the paper. The student plays every game itself. On each picture that it meets, that
+game's expert says how good every action is (Q-values). A softmax turns this into a policy, and
+the student learns to hold the same policy (policy regression) and, if wanted, features from which
+the expert's can be read off (feature regression).
+
+    python train_mimic.py --steps 10_000      # smoke: one minute
+    python train_mimic.py                     # laptop: all of experts/, half an hour on two cores
+    python train_mimic.py --steps 25_000_000  # the paper's length
+
+Output: runs/mimic/ with checkpoint.pt (the same command goes on from it) and log.csv.
+"""
+
+import math
+import os
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AutoresetMode
+from torch import nn
+
+import common
+
+
+@dataclass(frozen=True)
+class Args:
+    experts: tuple = ()  # checkpoints of stage 1, each for another game (none: all of experts/)
+    steps: int = 800_000  # agent decisions in each game, 4 frames each (paper: 25_000_000)
+    seed: int = 1  # of the weights, exploration, replay and emulators
+    out: str = "runs/mimic"  # folder of the run
+    channels: tuple = (32, 64, 64)  # convolutions: kernels 8, 4, 3, 3 with strides 4, 2, 1, 1
+    hidden: tuple = (512,)  # fully connected layers
+    objective: str = "policy"  # policy, or q: regression on Q-values, the way not taken
+    temperature: float = (
+        0.02  # divides the experts' Q-values, which differ by hundredths (paper: 1)
+    )
+    feature_weight: float = 0.01  # of feature regression; 0 switches it off (paper: 0, and 0.01)
+    actor: str = "student"  # who plays: student or expert
+    epsilon: float = 0.1  # share of random actions of whoever plays
+    lanes: int = 16  # emulators of each game
+    rollout: int = 16  # steps of each lane between two rounds of learning
+    updates: int = 4  # gradient steps per round: each observation is learned from twice (as paper)
+    minibatch: int = 128  # observations of each game per gradient step (paper: 8)
+    replay: int = 20_000  # observations kept of each game, 0.16 GB (paper: 100_000)
+    lr: float = 5e-4  # of Adam
+    decay: float = 0.5  # share of the run over which lr falls to zero, at its end
+    report_every: int = 20_000  # steps between two lines of the log, each with a checkpoint
+    device: str = "auto"  # auto, cpu, cuda or mps
+    precision: str = "auto"  # auto, float32 or bfloat16
+
+    def __post_init__(self):
+        common.require_one_of("--objective", self.objective, ("policy", "q"))
+        common.require_one_of("--actor", self.actor, ("student", "expert"))
+        common.require(len(self.channels) <= 4, "--channels takes at most 4 widths")
+        common.require_positive(self, "steps", "channels", "hidden", "temperature", "lanes")
+        common.require_positive(self, "rollout", "updates", "minibatch", "lr", "report_every")
+        common.require_shares(self, "epsilon", "decay")
+        common.require_range(self, 0, 2**31 - 1, "seed", "feature_weight")
+        enough = self.replay >= 4 * self.lanes
+        common.require(enough, "--replay must hold four observations of every lane")
+
+
+def make_envs(game, lanes, sticky=0.0, max_frames=108_000):
+    """Start `lanes` emulators of one game; observations are (lanes, 4, 84, 84) uint8, newest last.
+
+    A step repeats its action for 4 frames and shows the brighter of the last two, in grey, resized
+    to 84x84. Rewards are raw. A lost life sets `terminated`, and the game goes on; game over, or
+    the time limit (`truncated`), starts the next game, after up to 29 no-ops, within the same step.
+    """
+    return AtariVectorEnv(
+        game,
+        lanes,
+        num_threads=min(lanes, os.cpu_count()),
+        full_action_space=True,
+        reward_clipping=False,
+        life_loss_info=True,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+        repeat_action_probability=sticky,
+        max_num_frames_per_episode=max_frames,
+    )
+
+
+def legal_actions(game):
+    """Return the (18,) bool mask of the game's minimal action set within the full ALE set."""
+    legal = torch.zeros(18, dtype=torch.bool)
+    legal[[action.value for action in AtariVectorEnv(game, 1).ale.get_action_set()]] = True
+    return legal
+
+
+class AtariNet(nn.Module):
+    """The paper's network with LayerNorm: convolutions, linear layers, a score for each action.
+
+    obs (B, 4, 84, 84) uint8 -> scores (B, 18), features (B, F), the activations that feed the
+    output layer. Scores are Q-values in an expert and in transfer, and logits in the mimic.
+    """
+
+    def __init__(self, channels=(32, 64, 64), hidden=(512,)):
+        super().__init__()
+        layers, width, size = [], 4, 84
+        for out, kernel, stride in zip(channels, (8, 4, 3, 3), (4, 2, 1, 1)):
+            # One group: LayerNorm over channels and positions. Paper: no normalisation.
+            layers += [nn.Conv2d(width, out, kernel, stride), nn.GroupNorm(1, out), nn.ReLU()]
+            width, size = out, (size - kernel) // stride + 1
+        layers.append(nn.Flatten())
+        width *= size * size
+        for out in hidden:
+            layers += [nn.Linear(width, out), nn.LayerNorm(out), nn.ReLU()]
+            width = out
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(width, 18)
+        for layer in self.body:
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
+                nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.head.weight)  # every action starts out equal
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, obs):
+        features = self.body(obs / 255)
+        return self.head(features), features
+
+
+def act(scores, legal, epsilon, rng):
+    """Choose epsilon-greedily: the best legal action, or with probability epsilon any legal one.
+
+    scores: (N, 18); legal: (18,) or (N, 18) bool; returns (N,) int64. All on the CPU.
+    """
+    greedy = scores.masked_fill(~legal, -torch.inf).argmax(1)
+    random = torch.multinomial(legal.float().expand_as(scores), 1, generator=rng).squeeze(1)
+    return torch.where(torch.rand(len(scores), generator=rng) < epsilon, random, greedy)
+
+
+def policy_loss(student_logits, expert_q, legal, temperature):
+    """Cross-entropy from the expert's softened policy to the student's, batch mean (eq. 2).
+
+    student_logits, expert_q: (B, 18); legal: (18,) bool; returns a scalar. Only the expert is
+    divided by the temperature (eq. 1): it turns Q-values, whose scale differs from game to game,
+    into a policy.
+    """
+    expert_policy = F.softmax(expert_q[:, legal] / temperature, 1)
+    return -(expert_policy * F.log_softmax(student_logits[:, legal], 1)).sum(1).mean()
+
+
+def q_loss(student_q, expert_q, legal):
+    """Mean squared error of the legal Q-values: (B, 18), (B, 18), (18,) bool -> scalar."""
+    return F.mse_loss(student_q[:, legal], expert_q[:, legal])
+
+
+def feature_loss(predicted, expert_features):
+    """Squared distance of what a regressor reads off the student, mean over the batch (eq. 3).
+
+    predicted, expert_features: (B, F of the expert), summed over F; returns a scalar.
+    """
+    return (predicted - expert_features).square().sum(1).mean()
+
+
+class FrameReplay:
+    """The last steps of N lanes of one game, with what the expert said of them.
+
+    Each frame is kept once, in (steps, N, 84, 84) uint8. A stack of four is rebuilt when it is
+    drawn, with black frames before the first of a game, as the emulator has it.
+    """
+
+    def __init__(self, steps, lanes, features):
+        self.frames = torch.zeros((steps, lanes, 84, 84), dtype=torch.uint8)
+        self.age = torch.zeros((steps, lanes), dtype=torch.int64)  # earlier frames, to 3
+        self.q_values = torch.zeros((steps, lanes, 18))
+        self.features = torch.zeros((steps, lanes, features), dtype=torch.half)
+        self.added = 0  # steps so far; step i lies in slot i % steps
+
+    def add(self, obs, age, q_values, features):
+        """Append a step: obs (N, 4, 84, 84), age (N,); the expert's (N, 18) and (N, F)."""
+        slot = self.added % len(self.frames)
+        self.frames[slot], self.age[slot] = obs[:, -1], age
+        self.q_values[slot], self.features[slot] = q_values, features
+        self.added += 1
+
+    def draw(self, count, rng):
+        """Draw uniformly, with replacement: obs (count, 4, 84, 84), (count, 18), (count, F)."""
+        # The oldest three steps of a full buffer have lost the frames before them.
+        oldest = max(0, self.added - len(self.frames) + 3)
+        step = torch.randint(oldest, self.added, (count,), generator=rng)
+        lane = torch.randint(self.frames.shape[1], (count,), generator=rng)
+        slot = step % len(self.frames)
+        back = torch.arange(3, -1, -1)  # the newest frame comes last
+        obs = self.frames[(step[:, None] - back) % len(self.frames), lane[:, None]]
+        obs[back > self.age[slot, lane][:, None]] = 0
+        return obs, self.q_values[slot, lane], self.features[slot, lane].float()
+
+
+def load_expert(path):
+    """Read a checkpoint of stage 1: its dict, and its network, frozen."""
+    expert = common.load_checkpoint(path, ("expert",))
+    net = AtariNet(**expert["net_args"]).requires_grad_(False)
+    common.load_weights(net, expert, path)
+    return expert, net
+
+
+def main(args):
+    device, out = common.pick_device(args.device), Path(args.out)
+    autocast = common.pick_autocast(args.precision, device)
+    paths = [str(path) for path in args.experts or sorted(Path("experts").glob("*.pt"))]
+    if not paths:
+        raise common.UserError("no experts: name checkpoints of train_expert.py with --experts")
+    experts, expert_nets = zip(*map(load_expert, paths))
+    games = [expert["games"][0] for expert in experts]
+    if len(set(games)) < len(games):
+        raise common.UserError(f"two experts for one game: {', '.join(games)}")
+    net_args = {"channels": list(args.channels), "hidden": list(args.hidden)}
+    G, T, N = len(games), args.rollout, args.lanes
+    torch.manual_seed(args.seed)
+    rng = torch.Generator().manual_seed(args.seed)  # explores, draws and seeds the emulators
+
+    legal = [legal_actions(game) for game in games]
+    expert_nets = [net.to(device, memory_format=torch.channels_last) for net in expert_nets]
+    student = AtariNet(**net_args).to(device, memory_format=torch.channels_last)
+    # One linear map per game, from the student's features to the expert's.
+    widths = [expert["net_args"]["hidden"][-1] for expert in experts]
+    regressors = nn.ModuleList(nn.Linear(args.hidden[-1], width) for width in widths).to(device)
+    optimizer = torch.optim.Adam([*student.parameters(), *regressors.parameters()], lr=args.lr)
+    step, scores = 0, [deque(maxlen=30) for _ in games]  # scores of the last finished games
+    saved = common.open_run(out, "mimic", args)
+    if saved:
+        if saved["games"] != games:
+            before = ", ".join(saved["games"])
+            raise common.UserError(f"{out} holds a mimic of {before}; name another --out")
+        common.load_state(saved, student, optimizer, rng)
+        regressors.load_state_dict(saved["regressors"])
+        step, scores = saved["step"], [deque(recent, maxlen=30) for recent in saved["scores"]]
+        if step >= args.steps:
+            return print(f"{out} has finished; more --steps would go on from step {step:,}")
+
+    replays = [FrameReplay(args.replay // N, N, width) for width in widths]
+    log = common.Log(out, saved)
+    log.header(args, device, autocast, student, sum(r.frames.nbytes for r in replays))
+    print(f"{G} games: {', '.join(games)}; {args.updates} updates every {T * N:,} steps of each")
+
+    envs = [make_envs(game, N) for game in games]
+    resets = [env.reset(seed=torch.randint(2**31 - 1, (N,), generator=rng).numpy()) for env in envs]
+    obs = torch.stack([torch.from_numpy(first) for first, _ in resets])  # (G, N, 4, 84, 84)
+    frame = np.stack([info["episode_frame_number"] for _, info in resets])  # (G, N)
+    age, returns = torch.zeros((G, N), dtype=torch.int64), np.zeros((G, N))
+    stop, next_report = common.Stop(), step
+
+    while step < args.steps:
+        # The student plays on all lanes of all games, and the experts judge what it meets.
+        for _ in range(T):
+            with torch.inference_mode(), autocast:
+                pictures = obs.to(device)
+                student_logits = student(pictures.flatten(0, 1))[0].float().cpu().view(G, N, 18)
+                answers = [net(pictures[g]) for g, net in enumerate(expert_nets)]
+            for g, env in enumerate(envs):
+                expert_q, expert_features = (answer.float().cpu() for answer in answers[g])
+                replays[g].add(obs[g], age[g], expert_q, expert_features)
+                scores_of_actions = student_logits[g] if args.actor == "student" else expert_q
+                env.send(act(scores_of_actions, legal[g], args.epsilon, rng).numpy())
+            for g, env in enumerate(envs):  # all games have stepped at the same time
+                next_obs, reward, _, _, info = env.recv()
+                game_over = info["episode_frame_number"] < frame[g]  # the counter fell: a new game
+                frame[g], obs[g] = info["episode_frame_number"], torch.from_numpy(next_obs)
+                age[g] = torch.where(torch.from_numpy(game_over), 0, (age[g] + 1).clamp(max=3))
+                returns[g] += reward
+                scores[g].extend(returns[g, game_over].tolist())
+                returns[g, game_over] = 0
+        step += T * N
+
+        # The student learns to agree with them. Every update holds as much of each game.
+        lr = args.lr * min(1, max(0, args.steps - step) / max(args.decay * args.steps, 1))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for _ in range(args.updates):
+            drawn = [replay.draw(args.minibatch, rng) for replay in replays]
+            batch_obs, batch_q, batch_features = zip(*drawn)
+            with autocast:
+                logits, features = student(torch.cat(batch_obs).to(device))
+                predicted = [f(h) for f, h in zip(regressors, features.chunk(G))]
+            logits = logits.float().view(G, args.minibatch, 18)
+            imitation, regression = [], []  # losses, one for each game
+            for g in range(G):
+                expert_q, mask = batch_q[g].to(device), legal[g].to(device)
+                if args.objective == "policy":
+                    imitation.append(policy_loss(logits[g], expert_q, mask, args.temperature))
+                else:
+                    imitation.append(q_loss(logits[g], expert_q, mask))
+                expert_features = batch_features[g].to(device)
+                regression.append(feature_loss(predicted[g].float(), expert_features))
+            losses = torch.stack(imitation) + args.feature_weight * torch.stack(regression)  # eq. 4
+            optimizer.zero_grad()
+            losses.mean().backward()
+            optimizer.step()
+
+        # Once in a while: look, save, report.
+        common.check_finite(losses.sum(), step, out)
+        if step >= min(next_report, args.steps) or stop:
+            next_report = (step // args.report_every + 1) * args.report_every
+            row = {"lr": lr}
+            for g, game in enumerate(games):
+                choices = [q[:, legal[g]].argmax(1) for q in (logits[g].cpu(), batch_q[g])]
+                row |= {
+                    f"{game}_score": common.mean(scores[g]),
+                    f"{game}_percent": 100 * common.mean(scores[g]) / experts[g]["score"],
+                    f"{game}_agreement": (choices[0] == choices[1]).float().mean().item(),
+                    f"{game}_{args.objective}_loss": imitation[g].item(),
+                    f"{game}_feature_loss": regression[g].item(),
+                }
+            common.save_checkpoint(
+                out / "checkpoint.pt",
+                args,
+                stage="mimic",
+                games=games,
+                experts=paths,
+                step=step,
+                minutes=log.minutes(),
+                net_args=net_args,
+                net=student.state_dict(),
+                regressors=regressors.state_dict(),
+                optimizer=optimizer.state_dict(),
+                rng=rng.get_state(),
+                score=[common.mean(recent) for recent in scores],
+                scores=[list(recent) for recent in scores],
+            )
+            log.write(step, row)
+            percents = "  ".join(f"{game} {row[f'{game}_percent']:.0f} %" for game in games)
+            log.line(step, args.steps, f"loss {losses.mean().item():.3f}  {percents}")
+        if stop and step < args.steps:
+            return print(f"saved; the same command goes on from step {step:,}")
+
+    print(f"done: {out}/checkpoint.pt; python evaluate.py --runs {out} measures it")
+
+
+if __name__ == "__main__":
+    common.run(main, Args)

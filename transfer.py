@@ -1,0 +1,303 @@
+"""Stage 3 of Actor-Mimic: start a new game from the mimic's weights.
+
+Section 3.4 of the paper. This is train_expert.py to the letter, but for the first weights: those
+of the mimic, or in the control random ones of the same widths. Flags and seeds are the same, so
+where learning starts is the only difference.
+
+    python transfer.py --game breakout --steps 50_000  # smoke: one minute
+    python transfer.py --game breakout                 # laptop: 25 minutes
+    python transfer.py --game breakout --arm control   # what it is measured against
+
+Output: runs/transfer-<game>-<arm>-s<seed>/ with checkpoint.pt (the same command goes on from it),
+log.csv, and at the end expert.pt.
+"""
+
+import math
+import os
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ale_py import roms
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AutoresetMode
+from torch import nn
+
+import common
+
+
+@dataclass(frozen=True)
+class Args:
+    game: str = "breakout"  # ROM name, as ale-py spells it
+    mimic: str = "runs/mimic"  # checkpoint of train_mimic.py; gives both arms their widths
+    arm: str = "mimic"  # mimic, or control: the same network with random first weights
+    reset_head: bool = False  # start with a fresh output layer: the mimic's logits are no Q-values
+    steps: int = 1_500_000  # agent decisions over all lanes, 4 frames each (paper: 12_500_000)
+    seed: int = 1  # of the weights, exploration, shuffling and emulators
+    out: str = ""  # folder of the run (empty: runs/transfer-<game>-<arm>-s<seed>)
+    lanes: int = 32  # emulators side by side
+    rollout: int = 32  # steps of each lane between two rounds of learning
+    epochs: int = 2  # passes over each rollout
+    minibatch: int = 128  # observations per gradient step; 256 learned more slowly per minute
+    lr: float = 2.5e-4  # of RAdam; 5e-4 learned more slowly
+    decay: float = 0.3  # share of the run over which lr falls to zero, at its end
+    gamma: float = 0.99  # discount
+    lam: float = 0.85  # lambda of the returns: 0 is one-step Q-learning, 1 is Monte Carlo
+    epsilon: float = 0.01  # share of random actions, reached from 1 in a straight line
+    explore: int = 100_000  # steps until epsilon is reached
+    max_grad_norm: float = 10.0  # longer gradients are scaled down to this
+    report_every: int = 50_000  # steps between two lines of the log, each with a checkpoint
+    device: str = "auto"  # auto, cpu, cuda or mps
+    precision: str = "auto"  # auto, float32 or bfloat16
+
+    def __post_init__(self):
+        common.require_one_of("--game", self.game, roms.get_all_rom_ids())
+        common.require_one_of("--arm", self.arm, ("mimic", "control"))
+        mixed = self.reset_head and self.arm == "control"
+        common.require(not mixed, "--reset-head needs --arm mimic")
+        common.require_positive(self, "steps", "lanes", "rollout", "epochs")
+        common.require_positive(self, "minibatch", "lr", "max_grad_norm", "report_every")
+        common.require_shares(self, "gamma", "lam", "epsilon", "decay")
+        common.require_range(self, 0, 2**31 - 1, "explore", "seed")
+        common.require(
+            self.minibatch <= self.lanes * self.rollout,
+            "--minibatch is larger than the rollout (lanes x rollout)",
+        )
+
+
+def make_envs(game, lanes, sticky=0.0, max_frames=108_000):
+    """Start `lanes` emulators of one game; observations are (lanes, 4, 84, 84) uint8, newest last.
+
+    A step repeats its action for 4 frames and shows the brighter of the last two, in grey, resized
+    to 84x84. Rewards are raw. A lost life sets `terminated`, and the game goes on; game over, or
+    the time limit (`truncated`), starts the next game, after up to 29 no-ops, within the same step.
+    """
+    return AtariVectorEnv(
+        game,
+        lanes,
+        num_threads=min(lanes, os.cpu_count()),
+        full_action_space=True,
+        reward_clipping=False,
+        life_loss_info=True,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+        repeat_action_probability=sticky,
+        max_num_frames_per_episode=max_frames,
+    )
+
+
+def legal_actions(game):
+    """Return the (18,) bool mask of the game's minimal action set within the full ALE set."""
+    legal = torch.zeros(18, dtype=torch.bool)
+    legal[[action.value for action in AtariVectorEnv(game, 1).ale.get_action_set()]] = True
+    return legal
+
+
+class AtariNet(nn.Module):
+    """The paper's network with LayerNorm: convolutions, linear layers, a score for each action.
+
+    obs (B, 4, 84, 84) uint8 -> scores (B, 18), features (B, F), the activations that feed the
+    output layer. Scores are Q-values in an expert and in transfer, and logits in the mimic.
+    """
+
+    def __init__(self, channels=(32, 64, 64), hidden=(512,)):
+        super().__init__()
+        layers, width, size = [], 4, 84
+        for out, kernel, stride in zip(channels, (8, 4, 3, 3), (4, 2, 1, 1)):
+            # One group: LayerNorm over channels and positions. Paper: no normalisation.
+            layers += [nn.Conv2d(width, out, kernel, stride), nn.GroupNorm(1, out), nn.ReLU()]
+            width, size = out, (size - kernel) // stride + 1
+        layers.append(nn.Flatten())
+        width *= size * size
+        for out in hidden:
+            layers += [nn.Linear(width, out), nn.LayerNorm(out), nn.ReLU()]
+            width = out
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(width, 18)
+        for layer in self.body:
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
+                nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.head.weight)  # every action starts out equal
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, obs):
+        features = self.body(obs / 255)
+        return self.head(features), features
+
+
+def act(scores, legal, epsilon, rng):
+    """Choose epsilon-greedily: the best legal action, or with probability epsilon any legal one.
+
+    scores: (N, 18); legal: (18,) or (N, 18) bool; returns (N,) int64. All on the CPU.
+    """
+    greedy = scores.masked_fill(~legal, -torch.inf).argmax(1)
+    random = torch.multinomial(legal.float().expand_as(scores), 1, generator=rng).squeeze(1)
+    return torch.where(torch.rand(len(scores), generator=rng) < epsilon, random, greedy)
+
+
+def greedy_value(q_values, legal):
+    """Return the value of the best legal action: (N, 18), (18,) bool -> (N,)."""
+    return q_values.masked_fill(~legal, -torch.inf).amax(1)
+
+
+def q_lambda_targets(rewards, stop, max_q, gamma, lam):
+    """Compute the Q(lambda) returns of a rollout, backwards (Peng's Q(lambda), as in PQN).
+
+    G_t = r_t + gamma * (lam * G_{t+1} + (1 - lam) * max_a Q(s_{t+1}, a)), and r_t at a stop.
+    rewards: (T, N); stop: (T, N) bool; max_q: (T+1, N), of the T observations and the next;
+    returns (T, N).
+    """
+    targets = torch.empty_like(rewards)
+    following = max_q[-1]
+    for t in reversed(range(len(rewards))):
+        following = lam * following + (1 - lam) * max_q[t + 1]
+        targets[t] = following = rewards[t] + gamma * following * ~stop[t]
+    return targets
+
+
+def td_loss(q_values, actions, targets):
+    """Mean squared error of the chosen actions' Q-values: (B, 18), (B,) int64, (B,) -> scalar."""
+    return F.mse_loss(q_values.gather(1, actions[:, None]).squeeze(1), targets)
+
+
+def main(args):
+    folder = f"runs/transfer-{args.game}-{args.arm}-s{args.seed}"
+    device, out = common.pick_device(args.device), Path(args.out or folder)
+    autocast = common.pick_autocast(args.precision, device)
+    mimic = common.load_checkpoint(args.mimic, ("mimic",))
+    net_args = mimic["net_args"]
+    if args.game in mimic["games"]:
+        print(f"warning: the mimic knows {args.game}; transfer means a new game", file=sys.stderr)
+    T, N = args.rollout, args.lanes
+    torch.manual_seed(args.seed)
+    rng = torch.Generator().manual_seed(args.seed)  # explores, shuffles and seeds the emulators
+
+    legal = legal_actions(args.game)
+    net = AtariNet(**net_args).to(device, memory_format=torch.channels_last)
+    if args.arm == "mimic":
+        common.load_weights(net, mimic, args.mimic)
+        if args.reset_head:
+            nn.init.zeros_(net.head.weight)
+            nn.init.zeros_(net.head.bias)
+    optimizer = torch.optim.RAdam(net.parameters(), lr=args.lr)
+    step, scores = 0, deque(maxlen=100)  # scores of the last finished games
+    saved = common.open_run(out, "transfer", args)
+    if saved:
+        common.load_state(saved, net, optimizer, rng)
+        step, scores = saved["step"], deque(saved["scores"], maxlen=100)
+        if step >= args.steps:
+            return print(f"{out} has finished; more --steps would go on from step {step:,}")
+
+    obs_buffer = torch.empty((T, N, 4, 84, 84), dtype=torch.uint8)
+    actions, rewards = torch.empty((T, N), dtype=torch.int64), torch.empty((T, N))
+    stops = torch.empty((T, N), dtype=torch.bool)
+    values = torch.empty((T + 1, N))  # max_a Q(s, a)
+    log = common.Log(out, saved)
+    log.header(args, device, autocast, net, obs_buffer.nbytes)
+    updates = args.epochs * math.ceil(T * N / args.minibatch)
+    print(f"{args.game} has {legal.sum()} actions; {updates} updates every {T * N:,} steps")
+
+    def save(name, **more):
+        common.save_checkpoint(
+            out / name,
+            args,
+            stage="transfer",
+            games=[args.game],
+            legal=legal,
+            step=step,
+            minutes=log.minutes(),
+            net_args=net_args,
+            score=common.mean(scores),
+            scores=list(scores),
+            **more,
+        )
+
+    envs = make_envs(args.game, N)
+    obs, info = envs.reset(seed=torch.randint(2**31 - 1, (N,), generator=rng).numpy())
+    frame, returns = info["episode_frame_number"], np.zeros(N)
+    stop, next_report = common.Stop(), step
+
+    while step < args.steps:
+        # Play T steps on N lanes.
+        epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * step / max(args.explore, 1))
+        for t in range(T):
+            obs_buffer[t] = torch.from_numpy(obs)
+            with torch.inference_mode(), autocast:
+                q_values = net(obs_buffer[t].to(device))[0].float().cpu()
+            values[t] = greedy_value(q_values, legal)
+            actions[t] = act(q_values, legal, epsilon, rng)
+
+            obs, reward, terminated, truncated, info = envs.step(actions[t].numpy())
+            rewards[t] = torch.from_numpy(reward).clamp(-1, 1)
+            # A lost life ends the return that is learned from, but not the game that is scored.
+            stops[t] = torch.from_numpy(terminated | truncated)
+            game_over = info["episode_frame_number"] < frame  # the counter fell: a new game
+            frame = info["episode_frame_number"]
+            if truncated.any():
+                # A time limit ends the game, but not the return: add the value of what it cut off.
+                cut = torch.from_numpy(truncated & ~terminated)
+                with torch.inference_mode(), autocast:
+                    q_values = net(torch.from_numpy(info["final_obs"]).to(device))[0].float().cpu()
+                rewards[t, cut] += args.gamma * greedy_value(q_values, legal)[cut]
+            returns += reward
+            scores.extend(returns[game_over].tolist())
+            returns[game_over] = 0
+        with torch.inference_mode(), autocast:
+            q_values = net(torch.from_numpy(obs).to(device))[0].float().cpu()
+        values[T] = greedy_value(q_values, legal)
+        step += T * N
+
+        # Learn from them. The rate is constant and then falls, so that a run may be continued
+        # with more --steps as if it had been that long from the start, but for its last stretch.
+        targets = q_lambda_targets(rewards, stops, values, args.gamma, args.lam).flatten()
+        lr = args.lr * min(1, max(0, args.steps - step) / max(args.decay * args.steps, 1))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for _ in range(args.epochs):
+            for batch in torch.randperm(T * N, generator=rng).split(args.minibatch):
+                with autocast:
+                    q_values, features = net(obs_buffer.flatten(0, 1)[batch].to(device))
+                chosen, wanted = actions.flatten()[batch].to(device), targets[batch].to(device)
+                loss = td_loss(q_values.float(), chosen, wanted)
+                optimizer.zero_grad()
+                loss.backward()
+                grad_norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
+                optimizer.step()
+
+        # Once in a while: look, save, report.
+        common.check_finite(loss, step, out)
+        if step >= min(next_report, args.steps) or stop:
+            next_report = (step // args.report_every + 1) * args.report_every
+            row = {
+                "score": common.mean(scores),
+                "max_q": values.mean().item(),
+                "td_loss": loss.item(),
+                "grad_norm": grad_norm.item(),  # before it is clipped
+                "dead": (features == 0).all(0).float().mean().item(),  # share of features
+                "epsilon": epsilon,
+                "lr": lr,
+            }
+            if step >= args.steps:  # before the checkpoint, which says that all is done
+                half = {name: weight.half() for name, weight in net.state_dict().items()}
+                save("expert.pt", net=half, max_q=row["max_q"])
+            save(
+                "checkpoint.pt",
+                net=net.state_dict(),
+                optimizer=optimizer.state_dict(),
+                rng=rng.get_state(),
+            )
+            log.write(step, row)
+            text = "score {score:.1f}  max Q {max_q:.2f}  TD {td_loss:.4f}".format(**row)
+            log.line(step, args.steps, text)
+        if stop and step < args.steps:
+            return print(f"saved; the same command goes on from step {step:,}")
+
+    print(f"done: score {common.mean(scores):.1f} in the last {len(scores)} games; {out}/expert.pt")
+
+
+if __name__ == "__main__":
+    common.run(main, Args)
