@@ -27,7 +27,6 @@ import difflib
 import inspect
 import math
 import os
-import pickle
 import platform
 import re
 import signal
@@ -242,7 +241,7 @@ def load_checkpoint(path, stages):
         raise UserError(f"there is no checkpoint {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError):
+    except Exception:  # on noise the unpickler may fail in any way
         raise UserError(f"{path} is damaged, or not a checkpoint of this project") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project (of format {FORMAT})")

@@ -82,7 +82,7 @@ def bare_network(batch, learning, autocast, optimizer=torch.optim.RAdam):
 
 
 class Timer:
-    """Seconds spent in functions that it wraps; what a wrapped function calls is not counted twice."""
+    """Seconds spent in the functions that it wraps; calls among them are not counted twice."""
 
     def __init__(self):
         self.seconds, self.busy, self.first = {}, False, None

@@ -13,7 +13,7 @@ ALEInterface.setLoggerMode(LoggerMode.Error)
 
 
 def area_weights(source, target):
-    """(target, source) matrix that averages each target pixel over the piece of the source that it covers."""
+    """(target, source) matrix: each target pixel averages what it covers of the source."""
     weights = np.zeros((target, source))
     for i in range(target):
         low, high = i * source / target, (i + 1) * source / target
@@ -28,7 +28,7 @@ def shrink(screen):
 
 
 def raw_game(game, frames, fire):
-    """Start raw ALE as the vector emulator does: `frames` no-ops, the first of them FIRE where a game waits for it."""
+    """Start raw ALE as the vector emulator does: `frames` no-ops, the first of them FIRE if so."""
     ale = ALEInterface()
     ale.setFloat("repeat_action_probability", 0.0)
     ale.loadROM(roms.get_rom_path(game))

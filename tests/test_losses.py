@@ -29,9 +29,7 @@ def test_q_lambda_targets_are_the_weighted_sum_of_n_step_returns():
             )  # the step that ends the return
             last = T - 1 if end is None else end
 
-            def n_step(
-                n,
-            ):  # the return of n rewards and then the best Q-value, or of all rewards up to the stop
+            def n_step(n):  # n rewards and then the best Q-value, or all up to the stop
                 total = sum(gamma**i * rewards[t + i, lane].item() for i in range(n))
                 return total if t + n - 1 == end else total + gamma**n * max_q[t + n, lane].item()
 
@@ -144,7 +142,7 @@ def test_network_has_the_papers_size(channels, hidden, parameters):
 
 
 def test_q_learning_reaches_the_known_values_of_a_small_world():
-    # Five rooms in a row; action 1 goes right, action 0 stays; leaving the last room pays 1 and ends.
+    # Five rooms in a row; action 1 goes right, 0 stays; leaving the last room pays 1 and ends.
     torch.manual_seed(0)
     gamma, rooms, T, N = 0.8, 5, 8, 16
     q = torch.zeros(rooms, 2, requires_grad=True)
