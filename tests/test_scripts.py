@@ -33,7 +33,7 @@ MIMIC = (
     f"train_mimic.py {TINY} {SHORT} --minibatch 8 --channels 4 8 --hidden 24 --replay 400 "
     "--experts runs/expert-pong/expert.pt runs/expert-boxing/expert.pt"
 )
-TRANSFER = f"transfer.py --game breakout {TINY} --minibatch 16 --steps 320 --report-every 64"
+TRANSFER = f"transfer.py --game breakout {TINY} {SHORT} --minibatch 16"
 
 
 def call(folder, command, **more):
