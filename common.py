@@ -315,6 +315,7 @@ class Log:
 
     def __init__(self, folder, saved):
         self.path, self.started = Path(folder) / "log.csv", time.time()
+        self.clock = None  # step and time of the first line
         self.first_step = saved["step"] if saved else 0
         self.minutes_before = saved["minutes"] if saved else 0.0
         if self.path.exists():
@@ -337,7 +338,7 @@ class Log:
             f"{self.path.parent} {goes_on} of {args.steps:,} (x4 = {4 * args.steps:,} frames); "
             f"{parameters:,} parameters in {'bfloat16' if autocast._enabled else 'float32'} "
             f"on {device}; {buffer_bytes / 1e6:,.0f} MB of observations; "
-            "the time left follows after the first round",
+            "speed and time left follow with the second report",
             flush=True,
         )
 
@@ -352,14 +353,15 @@ class Log:
             writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
 
     def line(self, step, steps, text):
-        """Print progress, text, speed and time left."""
-        speed = (step - self.first_step) / (time.time() - self.started)
-        left = round(max(0, steps - step) / speed / 60)
-        print(
-            f"{step:>11,} {min(1, step / steps):4.0%}  {text}  "
-            f"{speed:,.0f} steps/s  {left} min left",
-            flush=True,
-        )
+        """Print progress, text, speed and time left; the first line sets the clock for these."""
+        pace = ""
+        if self.clock:
+            speed = (step - self.clock[0]) / (time.time() - self.clock[1])
+            left = round(max(0, steps - step) / speed / 60)
+            pace = f"  {speed:,.0f} steps/s  {left} min left"
+        else:
+            self.clock = step, time.time()
+        print(f"{step:>11,} {min(1, step / steps):4.0%}  {text}{pace}", flush=True)
 
 
 def mean(values):
