@@ -15,9 +15,7 @@ A checkpoint is one plain dict, written by `torch.save` and read with `weights_o
     rng         state of the generator that explores and draws (not in an expert that ships)
     score       mean score of the last finished games, and `scores`, each of them (mimic: per game)
     regressors  mimic: state_dict of the linear maps of feature regression
-    experts     mimic: paths of its experts
-    legal       expert, transfer: (18,) bool mask of the game's actions
-    max_q       expert that ships: mean of max_a Q, the scale that the mimic's temperature divides
+    experts     mimic: paths of its experts, and `marks`, step and minutes of each
 """
 
 import argparse
@@ -259,9 +257,9 @@ def load_weights(net, checkpoint, path):
         raise UserError(f"the weights in {path} do not fit the network's widths") from None
 
 
-def load_state(checkpoint, net, optimizer, rng):
+def load_state(checkpoint, net, optimizer, rng, path):
     """Put a checkpoint's weights, optimizer and random generator back, in place."""
-    net.load_state_dict(checkpoint["net"])
+    load_weights(net, checkpoint, path)
     optimizer.load_state_dict(checkpoint["optimizer"])
     rng.set_state(checkpoint["rng"])
 

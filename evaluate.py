@@ -6,7 +6,7 @@ A score is the raw return of a whole game, played with epsilon 0.05 after 0 to 2
     python evaluate.py --runs runs/mimic                          # the mimic beside its experts
     python evaluate.py --runs experts/*.pt --random --sticky 0.25 # sticky actions, and chance
     python evaluate.py --curves runs/transfer-breakout-*/log.csv  # learning curves
-    python evaluate.py --runs runs/mimic --games 1 --gif          # a film of all its games
+    python evaluate.py --runs runs/mimic --games 1 --gif --name film  # a film of all its games
 
 Output: the table, also as results/table.csv; bars in table.png, learning curves in
 table-curves.png, the film in table.gif. --out and --name choose another folder and another name.
@@ -56,6 +56,9 @@ REFERENCE = {
     "video_pinball": (16256.9, 17667.9, 42684),
 }
 
+# Half-widths of a 95 % interval of a mean, in standard errors, by number of seeds (Student's t).
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
 
 @dataclass(frozen=True)
 class Args:
@@ -84,9 +87,10 @@ class Args:
 def make_envs(game, lanes, sticky=0.0, max_frames=108_000):
     """Start `lanes` emulators of one game; observations are (lanes, 4, 84, 84) uint8, newest last.
 
-    A step repeats its action for 4 frames and shows the brighter of the last two, in grey, resized
-    to 84x84. Rewards are raw. A lost life sets `terminated`, and the game goes on; game over, or
-    the time limit (`truncated`), starts the next game, after up to 29 no-ops, within the same step.
+    A step repeats its action for 4 frames and shows each pixel's maximum over the last two, in
+    grey, resized to 84x84. Rewards are raw. A lost life sets `terminated`, and the game goes on;
+    game over, or the time limit (`truncated`), starts the next game within the same step, with up
+    to 29 no-ops and, where the game needs it, FIRE.
     """
     return AtariVectorEnv(
         game,
@@ -137,8 +141,10 @@ class AtariNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, obs):
-        features = self.body(obs / 255)
-        return self.head(features), features
+        features = self.body(obs / 255).float()
+        # In bfloat16 rounding would be larger than what tells good actions from bad ones.
+        with torch.autocast(obs.device.type, enabled=False):
+            return self.head(features), features
 
 
 def act(scores, legal, epsilon, rng):
@@ -163,11 +169,11 @@ def play(net, game, args, device, autocast):
     playing = np.ones(args.games, dtype=bool)  # each lane's first game; what follows is not counted
     logits = torch.zeros(args.games, 18)
     while playing.any():
-        if net:
+        if net is not None:
             with torch.inference_mode(), autocast:
                 pictures = torch.from_numpy(obs[playing]).to(device)
-                logits[torch.from_numpy(playing)] = net(pictures)[0].float().cpu()
-        actions = act(logits, legal, args.epsilon if net else 1.0, rng)
+                logits[torch.from_numpy(playing)] = net(pictures)[0].cpu()
+        actions = act(logits, legal, args.epsilon if net is not None else 1.0, rng)
         obs, reward, _, _, info = envs.step(actions.numpy())
         scores += reward * playing
         playing &= info["episode_frame_number"] > frame  # the counter falls when a new game begins
@@ -198,23 +204,25 @@ def bootstrap(scores, statistic, resamples=2_000):
 def load_networks(args, device):
     """Read the checkpoints of `--runs`, and the experts of each mimic if they are still there.
 
-    Returns {label: (net, games)}, net being None for the random policy, and {game: expert's label}.
+    Returns {label: (net, games)}, net being None for the random policy, and {label: {game: label of
+    the expert that this network is compared with}}: a mimic's own experts, or the first at hand.
     """
-    networks, expert_of, paths = {}, {}, list(args.runs)
+    networks, experts, own, paths = {}, {}, {}, list(args.runs)
     for path in paths:  # grows: a mimic adds its experts
         checkpoint = common.load_checkpoint(path, ("expert", "mimic", "transfer"))
         net = AtariNet(**checkpoint["net_args"]).to(device, memory_format=torch.channels_last)
         common.load_weights(net, checkpoint, path)
-        networks[path] = net, checkpoint["games"]
+        games = checkpoint["games"]
+        networks[path] = net, games
         if checkpoint["stage"] == "expert":
-            expert_of.setdefault(checkpoint["games"][0], path)
-        paths += [p for p in checkpoint.get("experts", []) if p not in paths and Path(p).exists()]
+            experts.setdefault(games[0], path)
+        teachers = zip(games, checkpoint.get("experts", []))
+        own[path] = {game: teacher for game, teacher in teachers if Path(teacher).exists()}
+        paths += [teacher for teacher in own[path].values() if teacher not in paths]
     if args.random:
-        networks["random"] = (
-            None,
-            sorted({game for _, games in networks.values() for game in games}),
-        )
-    return networks, expert_of
+        played = {game for _, games in networks.values() for game in games}
+        networks["random"] = None, sorted(played)
+    return networks, {label: experts | own.get(label, {}) for label in networks}
 
 
 def make_rows(results, expert_of):
@@ -223,7 +231,8 @@ def make_rows(results, expert_of):
     for label, by_game in results.items():
         for game, scores in by_game.items():
             random, human, dqn = REFERENCE.get(game, (math.nan,) * 3)
-            expert = results[expert_of[game]][game].mean() if game in expert_of else math.nan
+            teacher = expert_of[label].get(game)
+            expert = results[teacher][game].mean() if teacher else math.nan
             rows.append(
                 {
                     "network": label,
@@ -245,8 +254,13 @@ def make_rows(results, expert_of):
 
 def print_table(rows):
     """Print the rows in columns."""
-    shown = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
-    lines = [list(rows[0]), *([cell.replace("nan", "-") for cell in line] for line in shown)]
+
+    def show(value):
+        if isinstance(value, float):
+            return "-" if math.isnan(value) else f"{value:.1f}"
+        return str(value)
+
+    lines = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         left = [cell.ljust(width) for cell, width in zip(line[:2], widths)]
@@ -254,24 +268,40 @@ def print_table(rows):
         print("  ".join(left + right))
 
 
-def print_summary(rows, results):
-    """Print, for each network of several games, median and interquartile mean over its games.
+def print_summary(results, expert_of):
+    """Print, for each network of several games, its median and interquartile mean over games.
 
-    human: 100 * (score - random) / (human - random); expert: 100 * score / the expert's mean.
+    Scores are in per cent of the experts' mean scores, or normalised with random and human scores:
+    100 * (score - random) / (human - random). The median is over the games' means, the interquartile
+    mean over all single scores. Intervals resample the games played, the experts' as well.
     """
     for label, by_game in results.items():
-        mine = [row for row in rows if row["network"] == label]
-        zero = {"expert": [0.0 for _ in mine], "human": [row["random"] for row in mine]}
-        for unit in ("expert", "human"):
-            low, high = np.array(zero[unit]), np.array([row[unit] for row in mine])
-            if len(mine) < 2 or not (high > low).all():  # one game only, or no such reference
-                continue
-            percent = 100 * (np.stack(list(by_game.values())).T - low) / (high - low)
-            median = bootstrap(percent.T, lambda scores: np.median(scores.mean(1)))
-            middle = bootstrap(percent.T, interquartile_mean)
-            print(f"{label}, per cent of {unit}: ", end="")
-            print("median {:.1f} (95 % interval {:.1f} to {:.1f}), ".format(*median), end="")
-            print("interquartile mean {:.1f} ({:.1f} to {:.1f})".format(*middle))
+        own = np.stack(list(by_game.values()))  # (games, plays)
+        if len(own) < 2 or own.shape[1] < 2:
+            continue
+        if all(game in expert_of[label] for game in by_game):
+            experts = np.stack([results[expert_of[label][game]][game] for game in by_game])
+
+            def percent(scores):  # (2 * games, plays): this network's scores, then its experts'
+                own, experts = np.split(scores, 2)
+                return 100 * own / experts.mean(1, keepdims=True)
+
+            if (experts.mean(1) > 0).all():
+                print_middle(
+                    f"{label}, per cent of expert", np.concatenate([own, experts]), percent
+                )
+        if all(game in REFERENCE for game in by_game):
+            low, high, _ = np.array([REFERENCE[game] for game in by_game]).T[:, :, None]
+            human = 100 * (own - low) / (high - low)
+            print_middle(f"{label}, per cent of human", human, lambda scores: scores)
+
+
+def print_middle(title, scores, percent):
+    """Print median and interquartile mean of percent(scores), each with its 95 % interval."""
+    median = bootstrap(scores, lambda scores: np.median(percent(scores).mean(1)))
+    middle = bootstrap(scores, lambda scores: interquartile_mean(percent(scores)))
+    text = "{:.1f} (95 % interval {:.1f} to {:.1f})"
+    print(f"{title}: median {text.format(*median)}, interquartile mean {text.format(*middle)}")
 
 
 def write_csv(rows, path):
@@ -289,10 +319,8 @@ def draw_bars(rows, path):
     labels = list(dict.fromkeys(row["network"] for row in rows))
     games = list(dict.fromkeys(row["game"] for row in rows))
     figure = Figure(figsize=(2 + 2 * len(games), 4), layout="constrained")
-    axes, width = (
-        figure.subplots(),
-        0.8 / max(sum(r["game"] == game for r in rows) for game in games),
-    )
+    axes = figure.subplots()
+    width = 0.8 / max(sum(row["game"] == game for row in rows) for game in games)
     used = dict.fromkeys(games, 0)  # bars drawn above each game so far
     for label in labels:
         mine = [row for row in rows if row["network"] == label]
@@ -317,7 +345,7 @@ def read_log(path):
         log = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
     except (OSError, ValueError, TypeError, IndexError):
         log = {}
-    if "step" not in log or not any(name.endswith("score") for name in log):
+    if "step" not in log or not any(name.endswith("_score") for name in log):
         raise common.UserError(f"{path} is not a log of this project")
     return log
 
@@ -331,16 +359,17 @@ def group_curves(paths):
     for path in map(Path, paths):
         log, name = read_log(path), path.parent.name if path.stem == "log" else path.stem
         label = re.sub(r"-s\d+$", "", name)
-        for column in [column for column in log if column.endswith("score")]:
-            game = (
-                column.removesuffix("_score") if column != "score" else (label + "-").split("-")[1]
-            )
+        for column in [column for column in log if column.endswith("_score")]:
+            game = column.removesuffix("_score")
             groups.setdefault(game, {}).setdefault(label, []).append((log["step"], log[column]))
     return groups
 
 
 def draw_curves(groups, path):
-    """Draw score against steps, a panel per game; several seeds give a mean and a 95 % interval."""
+    """Draw score against steps, a panel per game; several seeds give a mean and a 95 % interval.
+
+    Curves end where the shortest seed's log does.
+    """
     columns = min(len(groups), 4)
     lines = math.ceil(len(groups) / columns)
     figure = Figure(figsize=(4.5 * columns, 3.4 * lines), layout="constrained")
@@ -351,13 +380,13 @@ def draw_curves(groups, path):
         for label, seeds in curves.items():
             steps = max((steps for steps, _ in seeds), key=len)
             scores = np.stack([np.interp(steps, *seed, right=np.nan) for seed in seeds])
-            (line,) = panel.plot(steps, scores.mean(0), label=f"{label} ({len(seeds)} seeds)")
+            name = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
+            (line,) = panel.plot(steps, scores.mean(0), label=name)
             if len(seeds) > 1:
-                half = 1.96 * scores.std(0, ddof=1) / math.sqrt(len(seeds))
+                t = STUDENT_T.get(len(seeds), 1.96)
+                half = t * scores.std(0, ddof=1) / math.sqrt(len(seeds))
                 low, high = scores.mean(0) - half, scores.mean(0) + half
                 panel.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
-            else:
-                line.set_label(label)
         panel.set(title=game.replace("_", " "), xlabel="steps", ylabel="score")
         panel.legend(fontsize=8)
     figure.savefig(path, dpi=120)
@@ -379,16 +408,18 @@ def record(net, game, args, device, autocast):
         stack_num=1,
     )
     rng = torch.Generator().manual_seed(args.seed)
-    obs, _ = envs.reset(seed=args.seed)
+    obs, info = envs.reset(seed=args.seed)
     colour.reset(seed=args.seed)
-    pictures, scores = [], []
+    pictures, scores, total = [], [], 0
     for _ in range(args.film):
         with torch.inference_mode(), autocast:
-            logits = net(torch.from_numpy(obs).to(device))[0].float().cpu()
+            logits = net(torch.from_numpy(obs).to(device))[0].cpu()
         action = act(logits, legal, args.epsilon, rng).numpy()
-        obs, reward, _, _, _ = envs.step(action)
+        frame = info["episode_frame_number"]
+        obs, reward, _, _, info = envs.step(action)
         pictures.append(colour.step(action)[0][0, 0])
-        scores.append(int(reward[0]) + (scores[-1] if scores else 0))
+        scores.append(total + int(reward[0]))
+        total = 0 if info["episode_frame_number"] < frame else scores[-1]  # a new game begins
     return pictures, scores
 
 
@@ -426,7 +457,7 @@ def main(args):
                 results[label][game] = play(net, game, args, device, autocast)
         rows = make_rows(results, expert_of)
         print_table(rows)
-        print_summary(rows, results)
+        print_summary(results, expert_of)
         write_csv(rows, out / f"{args.name}.csv")
         draw_bars(rows, out / f"{args.name}.png")
         print(f"wrote {out / args.name}.csv and .png")

@@ -67,9 +67,10 @@ class Args:
 def make_envs(game, lanes, sticky=0.0, max_frames=108_000):
     """Start `lanes` emulators of one game; observations are (lanes, 4, 84, 84) uint8, newest last.
 
-    A step repeats its action for 4 frames and shows the brighter of the last two, in grey, resized
-    to 84x84. Rewards are raw. A lost life sets `terminated`, and the game goes on; game over, or
-    the time limit (`truncated`), starts the next game, after up to 29 no-ops, within the same step.
+    A step repeats its action for 4 frames and shows each pixel's maximum over the last two, in
+    grey, resized to 84x84. Rewards are raw. A lost life sets `terminated`, and the game goes on;
+    game over, or the time limit (`truncated`), starts the next game within the same step, with up
+    to 29 no-ops and, where the game needs it, FIRE.
     """
     return AtariVectorEnv(
         game,
@@ -120,8 +121,10 @@ class AtariNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, obs):
-        features = self.body(obs / 255)
-        return self.head(features), features
+        features = self.body(obs / 255).float()
+        # In bfloat16 rounding would be larger than what tells good actions from bad ones.
+        with torch.autocast(obs.device.type, enabled=False):
+            return self.head(features), features
 
 
 def act(scores, legal, epsilon, rng):
@@ -210,6 +213,7 @@ def main(args):
     games = [expert["games"][0] for expert in experts]
     if len(set(games)) < len(games):
         raise common.UserError(f"two experts for one game: {', '.join(games)}")
+    marks = [[expert["step"], expert["minutes"]] for expert in experts]  # tell them apart
     net_args = {"channels": list(args.channels), "hidden": list(args.hidden)}
     G, T, N = len(games), args.rollout, args.lanes
     torch.manual_seed(args.seed)
@@ -225,10 +229,12 @@ def main(args):
     step, scores = 0, [deque(maxlen=30) for _ in games]  # scores of the last finished games
     saved = common.open_run(out, "mimic", args)
     if saved:
-        if saved["games"] != games:
+        if saved["games"] != games or saved["marks"] != marks:
             before = ", ".join(saved["games"])
-            raise common.UserError(f"{out} holds a mimic of {before}; name another --out")
-        common.load_state(saved, student, optimizer, rng)
+            raise common.UserError(
+                f"{out} holds a mimic of other experts ({before}); name another --out"
+            )
+        common.load_state(saved, student, optimizer, rng, out)
         regressors.load_state_dict(saved["regressors"])
         step, scores = saved["step"], [deque(recent, maxlen=30) for recent in saved["scores"]]
         if step >= args.steps:
@@ -251,13 +257,13 @@ def main(args):
         for _ in range(T):
             with torch.inference_mode(), autocast:
                 pictures = obs.to(device)
-                student_logits = student(pictures.flatten(0, 1))[0].float().cpu().view(G, N, 18)
+                student_logits = student(pictures.flatten(0, 1))[0].cpu().view(G, N, 18)
                 answers = [net(pictures[g]) for g, net in enumerate(expert_nets)]
             for g, env in enumerate(envs):
-                expert_q, expert_features = (answer.float().cpu() for answer in answers[g])
+                expert_q, expert_features = (answer.cpu() for answer in answers[g])
                 replays[g].add(obs[g], age[g], expert_q, expert_features)
-                scores_of_actions = student_logits[g] if args.actor == "student" else expert_q
-                env.send(act(scores_of_actions, legal[g], args.epsilon, rng).numpy())
+                chosen_by = student_logits[g] if args.actor == "student" else expert_q
+                env.send(act(chosen_by, legal[g], args.epsilon, rng).numpy())
             for g, env in enumerate(envs):  # all games have stepped at the same time
                 next_obs, reward, _, _, info = env.recv()
                 game_over = info["episode_frame_number"] < frame[g]  # the counter fell: a new game
@@ -266,10 +272,9 @@ def main(args):
                 returns[g] += reward
                 scores[g].extend(returns[g, game_over].tolist())
                 returns[g, game_over] = 0
-        step += T * N
 
         # The student learns to agree with them. Every update holds as much of each game.
-        lr = args.lr * min(1, max(0, args.steps - step) / max(args.decay * args.steps, 1))
+        lr = args.lr * min(1, (args.steps - step) / max(args.decay * args.steps, 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
         for _ in range(args.updates):
@@ -278,7 +283,7 @@ def main(args):
             with autocast:
                 logits, features = student(torch.cat(batch_obs).to(device))
                 predicted = [f(h) for f, h in zip(regressors, features.chunk(G))]
-            logits = logits.float().view(G, args.minibatch, 18)
+            logits = logits.view(G, args.minibatch, 18)
             imitation, regression = [], []  # losses, one for each game
             for g in range(G):
                 expert_q, mask = batch_q[g].to(device), legal[g].to(device)
@@ -291,18 +296,23 @@ def main(args):
             losses = torch.stack(imitation) + args.feature_weight * torch.stack(regression)  # eq. 4
             optimizer.zero_grad()
             losses.mean().backward()
+            grad_norm = nn.utils.get_total_norm([weight.grad for weight in student.parameters()])
             optimizer.step()
+        step += T * N
 
         # Once in a while: look, save, report.
-        common.check_finite(losses.sum(), step, out)
+        common.check_finite(losses.sum() + grad_norm, step, out)
         if step >= min(next_report, args.steps) or stop:
             next_report = (step // args.report_every + 1) * args.report_every
             row = {"lr": lr}
             for g, game in enumerate(games):
                 choices = [q[:, legal[g]].argmax(1) for q in (logits[g].cpu(), batch_q[g])]
+                recent, full = common.mean(scores[g]), experts[g]["score"]
                 row |= {
-                    f"{game}_score": common.mean(scores[g]),
-                    f"{game}_percent": 100 * common.mean(scores[g]) / experts[g]["score"],
+                    f"{game}_score": recent,
+                    # A hint only: each of the two scores holds its own run's random actions.
+                    f"{game}_percent": 100 * recent / full if full > 0 else math.nan,
+                    # Share of the last minibatch on which both prefer the same action.
                     f"{game}_agreement": (choices[0] == choices[1]).float().mean().item(),
                     f"{game}_{args.objective}_loss": imitation[g].item(),
                     f"{game}_feature_loss": regression[g].item(),
@@ -313,6 +323,7 @@ def main(args):
                 stage="mimic",
                 games=games,
                 experts=paths,
+                marks=marks,
                 step=step,
                 minutes=log.minutes(),
                 net_args=net_args,
@@ -326,8 +337,8 @@ def main(args):
             log.write(step, row)
             percents = "  ".join(f"{game} {row[f'{game}_percent']:.0f} %" for game in games)
             log.line(step, args.steps, f"loss {losses.mean().item():.3f}  {percents}")
-        if stop and step < args.steps:
-            return print(f"saved; the same command goes on from step {step:,}")
+            if stop and step < args.steps:
+                return print(f"saved; the same command goes on from step {step:,}")
 
     print(f"done: {out}/checkpoint.pt; python evaluate.py --runs {out} measures it")
 

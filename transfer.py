@@ -36,7 +36,7 @@ class Args:
     mimic: str = "runs/mimic"  # checkpoint of train_mimic.py; gives both arms their widths
     arm: str = "mimic"  # mimic, or control: the same network with random first weights
     reset_head: bool = False  # start with a fresh output layer: the mimic's logits are no Q-values
-    steps: int = 1_500_000  # agent decisions over all lanes, 4 frames each (paper: 12_500_000)
+    steps: int = 1_200_000  # agent decisions over all lanes, 4 frames each (paper: 12_500_000)
     seed: int = 1  # of the weights, exploration, shuffling and emulators
     out: str = ""  # folder of the run (empty: runs/transfer-<game>-<arm>-s<seed>)
     lanes: int = 32  # emulators side by side
@@ -47,8 +47,8 @@ class Args:
     decay: float = 0.3  # share of the run over which lr falls to zero, at its end
     gamma: float = 0.99  # discount
     lam: float = 0.85  # lambda of the returns: 0 is one-step Q-learning, 1 is Monte Carlo
-    epsilon: float = 0.01  # share of random actions, reached from 1 in a straight line
-    explore: int = 100_000  # steps until epsilon is reached
+    epsilon: float = 0.05  # share of random actions, reached from 1 in a line (paper: 0.1)
+    explore: int = 100_000  # steps until epsilon is reached (paper: 1_000_000)
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this
     report_every: int = 50_000  # steps between two lines of the log, each with a checkpoint
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -72,9 +72,10 @@ class Args:
 def make_envs(game, lanes, sticky=0.0, max_frames=108_000):
     """Start `lanes` emulators of one game; observations are (lanes, 4, 84, 84) uint8, newest last.
 
-    A step repeats its action for 4 frames and shows the brighter of the last two, in grey, resized
-    to 84x84. Rewards are raw. A lost life sets `terminated`, and the game goes on; game over, or
-    the time limit (`truncated`), starts the next game, after up to 29 no-ops, within the same step.
+    A step repeats its action for 4 frames and shows each pixel's maximum over the last two, in
+    grey, resized to 84x84. Rewards are raw. A lost life sets `terminated`, and the game goes on;
+    game over, or the time limit (`truncated`), starts the next game within the same step, with up
+    to 29 no-ops and, where the game needs it, FIRE.
     """
     return AtariVectorEnv(
         game,
@@ -125,8 +126,10 @@ class AtariNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, obs):
-        features = self.body(obs / 255)
-        return self.head(features), features
+        features = self.body(obs / 255).float()
+        # In bfloat16 rounding would be larger than what tells good actions from bad ones.
+        with torch.autocast(obs.device.type, enabled=False):
+            return self.head(features), features
 
 
 def act(scores, legal, epsilon, rng):
@@ -187,7 +190,7 @@ def main(args):
     step, scores = 0, deque(maxlen=100)  # scores of the last finished games
     saved = common.open_run(out, "transfer", args)
     if saved:
-        common.load_state(saved, net, optimizer, rng)
+        common.load_state(saved, net, optimizer, rng, out)
         step, scores = saved["step"], deque(saved["scores"], maxlen=100)
         if step >= args.steps:
             return print(f"{out} has finished; more --steps would go on from step {step:,}")
@@ -207,7 +210,6 @@ def main(args):
             args,
             stage="transfer",
             games=[args.game],
-            legal=legal,
             step=step,
             minutes=log.minutes(),
             net_args=net_args,
@@ -227,7 +229,7 @@ def main(args):
         for t in range(T):
             obs_buffer[t] = torch.from_numpy(obs)
             with torch.inference_mode(), autocast:
-                q_values = net(obs_buffer[t].to(device))[0].float().cpu()
+                q_values = net(obs_buffer[t].to(device))[0].cpu()
             values[t] = greedy_value(q_values, legal)
             actions[t] = act(q_values, legal, epsilon, rng)
 
@@ -241,20 +243,18 @@ def main(args):
                 # A time limit ends the game, but not the return: add the value of what it cut off.
                 cut = torch.from_numpy(truncated & ~terminated)
                 with torch.inference_mode(), autocast:
-                    q_values = net(torch.from_numpy(info["final_obs"]).to(device))[0].float().cpu()
+                    q_values = net(torch.from_numpy(info["final_obs"]).to(device))[0].cpu()
                 rewards[t, cut] += args.gamma * greedy_value(q_values, legal)[cut]
             returns += reward
             scores.extend(returns[game_over].tolist())
             returns[game_over] = 0
         with torch.inference_mode(), autocast:
-            q_values = net(torch.from_numpy(obs).to(device))[0].float().cpu()
+            q_values = net(torch.from_numpy(obs).to(device))[0].cpu()
         values[T] = greedy_value(q_values, legal)
-        step += T * N
 
-        # Learn from them. The rate is constant and then falls, so that a run may be continued
-        # with more --steps as if it had been that long from the start, but for its last stretch.
+        # Learn from them. The rate is constant and then falls; more --steps make it rise again.
         targets = q_lambda_targets(rewards, stops, values, args.gamma, args.lam).flatten()
-        lr = args.lr * min(1, max(0, args.steps - step) / max(args.decay * args.steps, 1))
+        lr = args.lr * min(1, (args.steps - step) / max(args.decay * args.steps, 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
         for _ in range(args.epochs):
@@ -262,28 +262,33 @@ def main(args):
                 with autocast:
                     q_values, features = net(obs_buffer.flatten(0, 1)[batch].to(device))
                 chosen, wanted = actions.flatten()[batch].to(device), targets[batch].to(device)
-                loss = td_loss(q_values.float(), chosen, wanted)
+                loss = td_loss(q_values, chosen, wanted)
                 optimizer.zero_grad()
                 loss.backward()
                 grad_norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
                 optimizer.step()
+        step += T * N
 
         # Once in a while: look, save, report.
-        common.check_finite(loss, step, out)
+        common.check_finite(loss + grad_norm, step, out)
         if step >= min(next_report, args.steps) or stop:
             next_report = (step // args.report_every + 1) * args.report_every
             row = {
-                "score": common.mean(scores),
+                f"{args.game}_score": common.mean(scores),
                 "max_q": values.mean().item(),
                 "td_loss": loss.item(),
                 "grad_norm": grad_norm.item(),  # before it is clipped
-                "dead": (features == 0).all(0).float().mean().item(),  # share of features
+                "dead": (features == 0)
+                .all(0)
+                .float()
+                .mean()
+                .item(),  # share that is 0 on a minibatch
                 "epsilon": epsilon,
                 "lr": lr,
             }
             if step >= args.steps:  # before the checkpoint, which says that all is done
                 half = {name: weight.half() for name, weight in net.state_dict().items()}
-                save("expert.pt", net=half, max_q=row["max_q"])
+                save("expert.pt", net=half)
             save(
                 "checkpoint.pt",
                 net=net.state_dict(),
@@ -291,10 +296,10 @@ def main(args):
                 rng=rng.get_state(),
             )
             log.write(step, row)
-            text = "score {score:.1f}  max Q {max_q:.2f}  TD {td_loss:.4f}".format(**row)
-            log.line(step, args.steps, text)
-        if stop and step < args.steps:
-            return print(f"saved; the same command goes on from step {step:,}")
+            text = "score {:.1f}  max Q {max_q:.2f}  TD {td_loss:.4f}"
+            log.line(step, args.steps, text.format(common.mean(scores), **row))
+            if stop and step < args.steps:
+                return print(f"saved; the same command goes on from step {step:,}")
 
     print(f"done: score {common.mean(scores):.1f} in the last {len(scores)} games; {out}/expert.pt")
 

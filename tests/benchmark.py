@@ -61,9 +61,9 @@ def bare_emulator(games, lanes):
     return rate(step, len(games) * lanes)
 
 
-def bare_network(batch, learning, autocast, optimizer=torch.optim.RAdam):
-    """Observations per second of the default network, acting or learning from one minibatch."""
-    net = AtariNet().to(memory_format=torch.channels_last)
+def bare_network(args, batch, learning, autocast, optimizer=torch.optim.RAdam):
+    """Observations per second of a stage's network, acting or learning from one minibatch."""
+    net = AtariNet(args.channels, args.hidden).to(memory_format=torch.channels_last)
     obs = torch.randint(256, (batch, 4, 84, 84), dtype=torch.uint8)
     optimizer = optimizer(net.parameters(), lr=1e-5)
 
@@ -75,7 +75,7 @@ def bare_network(batch, learning, autocast, optimizer=torch.optim.RAdam):
         with autocast:
             scores, _ = net(obs)
         optimizer.zero_grad()
-        scores.float().square().mean().backward()
+        scores.square().mean().backward()
         optimizer.step()
 
     return rate(learn if learning else forward, batch)
@@ -135,20 +135,22 @@ def main(stage):
     print(f"{stage}: {common.machine()}, {torch.get_num_threads()} threads")
     experts = sorted((ROOT / "experts").glob("*.pt"))
     if stage == "mimic":
-        args = train_mimic.Args()
+        args, expert = train_mimic.Args(), train_expert.Args()
         games = [path.stem for path in experts]
         G, N = len(games), args.lanes
         emulator = bare_emulator(games, N)
-        acting, labelling = (bare_network(n, False, autocast) for n in (G * N, N))
-        learning = bare_network(G * args.minibatch, True, autocast, torch.optim.Adam)
+        acting = bare_network(args, G * N, False, autocast)
+        labelling = bare_network(expert, N, False, autocast)
+        learning = bare_network(args, G * args.minibatch, True, autocast, torch.optim.Adam)
         reuse = args.updates * args.minibatch / (args.rollout * N)
         limit = 1 / (1 / emulator + 1 / acting + 1 / labelling + reuse / learning)
         bare = f"acting {acting:,.0f}, experts {labelling:,.0f}, learning {learning:,.0f}"
     else:
         args = train_expert.Args()
+        widths = args if stage == "expert" else train_mimic.Args()
         emulator = bare_emulator(["pong" if stage == "expert" else "breakout"], args.lanes)
-        acting = bare_network(args.lanes, False, autocast)
-        learning = bare_network(args.minibatch, True, autocast)
+        acting = bare_network(widths, args.lanes, False, autocast)
+        learning = bare_network(widths, args.minibatch, True, autocast)
         limit = 1 / (1 / emulator + 1 / acting + args.epochs / learning)
         bare = f"acting {acting:,.0f}, learning {learning:,.0f}"
     print(f"  bare: emulator {emulator:,.0f} steps/s, {bare} observations/s")

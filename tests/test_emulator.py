@@ -1,11 +1,13 @@
 """The emulator's pictures, scores and ends against raw ALE, stepped frame by frame."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from ale_py import Action, ALEInterface, LoggerMode, roms
 
-from evaluate import bootstrap, interquartile_mean
+from evaluate import bootstrap, interquartile_mean, print_summary
 from train_expert import act, legal_actions, make_envs
 from train_mimic import FrameReplay
 
@@ -146,3 +148,21 @@ def test_interval_and_interquartile_mean():
     assert high - low == pytest.approx(
         2 * 1.96 * scores.std() / 20, rel=0.15
     )  # the textbook interval of a mean
+
+
+def test_intervals_hold_the_noise_of_the_experts_games_too(capsys):
+    def width(expert_scores):
+        results = {
+            "mimic": {game: np.full(30, 10.0) for game in ("pong", "krull")},
+            "teacher": {game: expert_scores for game in ("pong", "krull")},
+        }
+        print_summary(
+            results, {label: dict.fromkeys(results[label], "teacher") for label in results}
+        )
+        line = capsys.readouterr().out.splitlines()[0]
+        assert line.startswith("mimic, per cent of expert: median 50.0 ")
+        low, high = re.search(r"interval ([\d.]+) to ([\d.]+)", line).groups()
+        return float(high) - float(low)
+
+    assert width(np.full(30, 20.0)) == 0
+    assert width(20 + 10 * np.linspace(-1, 1, 30)) > 5

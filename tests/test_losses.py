@@ -141,6 +141,15 @@ def test_network_has_the_papers_size(channels, hidden, parameters):
     assert scores.shape == (2, 18) and features.shape == (2, hidden[-1]) and (features >= 0).all()
 
 
+def test_scores_are_not_rounded_to_bfloat16():
+    net, obs = AtariNet((4,), (8,)), torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8)
+    torch.nn.init.normal_(net.head.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores, features = net(obs)
+    assert torch.equal(scores, net.head(features)) and scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
+
+
 def test_q_learning_reaches_the_known_values_of_a_small_world():
     # Five rooms in a row; action 1 goes right, 0 stays; leaving the last room pays 1 and ends.
     torch.manual_seed(0)

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from common import UserError, load_checkpoint, load_state, parse_args, save_checkpoint
+from evaluate import group_curves
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_expert", "train_mimic", "transfer", "evaluate")
@@ -112,7 +113,7 @@ def copy(studio, tmp_path):
     return Path(shutil.copytree(studio, tmp_path / "copy"))
 
 
-# ---- the four stages
+# The four stages
 
 
 def test_experts_hand_over_their_weights(studio):
@@ -125,7 +126,7 @@ def test_experts_hand_over_their_weights(studio):
     for name, weight in full["net"].items():
         assert small["net"][name].dtype == torch.half
         torch.testing.assert_close(small["net"][name].float(), weight, atol=1e-3, rtol=1e-3)
-    assert small["command"] and small["machine"] and small["minutes"] > 0 and "max_q" in small
+    assert small["command"] and small["machine"] and small["minutes"] > 0
     log = rows(studio / "runs/expert-pong/log.csv")
     assert [int(row["step"]) for row in log] == [32, 64, 128, 192, 256, 320]
     assert float(log[0]["epsilon"]) > float(log[-1]["epsilon"]) and float(log[-1]["lr"]) < float(
@@ -227,6 +228,7 @@ def test_evaluate_measures_draws_and_films(copy):
         else:  # such a ratio would mean nothing
             assert row["% expert"] == "nan"
     assert "per cent of human: median" in said
+    assert set(group_curves([copy / "runs/expert-pong/log.csv"])) == {"pong"}
     for name in ("table.png", "table-curves.png"):
         assert (copy / "results" / name).read_bytes().startswith(b"\x89PNG")
     assert (copy / "results/table.gif").read_bytes().startswith(b"GIF8")
@@ -240,7 +242,7 @@ def test_evaluate_is_repeatable_and_sticky_actions_change_it(copy):
     assert a == b != c
 
 
-# ---- one run, stopped and continued
+# One run, stopped and continued
 
 
 @pytest.mark.parametrize("command", [EXPERT + " --game boxing", MIMIC])
@@ -303,7 +305,7 @@ def test_stop_and_continue_equals_never_stopped_on_the_same_data(tmp_path):
         optimizer=optimizer.state_dict(),
         rng=rng.get_state(),
     )
-    load_state(load_checkpoint(tmp_path / "c.pt", ("expert",)), *continued)
+    load_state(load_checkpoint(tmp_path / "c.pt", ("expert",)), *continued, tmp_path)
     learn(*continued, 8)
     assert same(straight[0].state_dict(), continued[0].state_dict())
 
@@ -358,7 +360,7 @@ def test_kill_at_any_moment_loses_no_file(copy):
     assert steps == sorted(set(steps)) and steps[-1] == step + 64
 
 
-# ---- bad input
+# Bad input
 
 
 @pytest.mark.parametrize(
@@ -482,6 +484,20 @@ def test_folder_of_another_run_is_left_alone(copy):
     refused(copy, MIMIC, "without its checkpoint")
 
 
+def test_mimic_does_not_go_on_with_other_experts(copy):
+    path = copy / "runs/expert-pong/expert.pt"
+    expert = load_checkpoint(path, ("expert",))
+    torch.save(expert | {"minutes": expert["minutes"] + 1}, path)  # trained once more
+    refused(copy, MIMIC + " --steps 640", "other experts")
+
+
+def test_mimic_bears_an_expert_that_never_scored(copy):
+    path = copy / "runs/expert-pong/expert.pt"
+    torch.save(load_checkpoint(path, ("expert",)) | {"score": 0.0}, path)
+    run(copy, MIMIC + " --steps 64 --out runs/zero")
+    assert rows(copy / "runs/zero/log.csv")[-1]["pong_percent"] == "nan"
+
+
 def test_full_disk_is_one_line_and_keeps_the_old_checkpoint(copy):
     command = EXPERT + " --game pong --steps 640"
     limit = 8_000  # bytes per file: the checkpoint does not fit
@@ -503,7 +519,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights(c
         assert all(weight.isfinite().all() for weight in net.values())
 
 
-# ---- the house rules
+# The house rules
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -573,7 +589,7 @@ def test_experts_that_ship_are_whole():
     for path in shipped:
         expert = load_checkpoint(path, ("expert",))
         assert expert["games"] == [path.stem] and path.stat().st_size < 4e6
-        assert {"command", "step", "minutes", "score", "machine", "max_q"} <= expert.keys()
+        assert {"command", "step", "minutes", "score", "machine"} <= expert.keys()
         assert all(
             weight.dtype == torch.half and weight.isfinite().all()
             for weight in expert["net"].values()
