@@ -144,6 +144,10 @@ def run(main, cls):
         message = str(error)
     except OSError as error:  # a full disk, a folder that may not be written
         message = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        message = "not enough memory: try fewer --lanes or smaller networks, rollouts or replays"
     except KeyboardInterrupt:
         sys.exit("interrupted")
     else:
@@ -258,10 +262,16 @@ def load_weights(net, checkpoint, path):
 
 
 def load_state(checkpoint, net, optimizer, rng, path):
-    """Put a checkpoint's weights, optimizer and random generator back, in place."""
+    """Put a checkpoint's weights, optimizer and random generator back, in place.
+
+    Raises UserError, naming path, if they do not fit, or if it holds weights only.
+    """
     load_weights(net, checkpoint, path)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    rng.set_state(checkpoint["rng"])
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        rng.set_state(checkpoint["rng"])
+    except (RuntimeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path} holds weights only and cannot go on; name another --out") from None
 
 
 def open_run(folder, stage, args, may_change=("out", "steps", "device", "precision")):
@@ -274,8 +284,9 @@ def open_run(folder, stage, args, may_change=("out", "steps", "device", "precisi
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
     if not (folder / "checkpoint.pt").exists():
-        if (folder / "log.csv").exists():
-            raise UserError(f"{folder} holds a log without its checkpoint; name another --out")
+        for name in ("log.csv", "expert.pt"):
+            if (folder / name).exists():
+                raise UserError(f"{folder} holds {name} without its checkpoint; name another --out")
         return None
     checkpoint = load_checkpoint(folder, (stage,))
     for name, now in plain(dataclasses.asdict(args)).items():
@@ -318,8 +329,9 @@ class Log:
         self.minutes_before = saved["minutes"] if saved else 0.0
         if self.path.exists():
             header, *rows = self.path.read_text().splitlines(keepends=True) or [""]
-            written = [row for row in rows if row.endswith("\n")]  # not cut off by a crash
-            kept = [row for row in written if int(row.split(",")[0]) <= self.first_step]
+            rows = [row for row in rows if row.endswith("\n")]  # not cut off by a crash
+            steps = [row.split(",")[0] for row in rows]
+            kept = [r for r, s in zip(rows, steps) if s.isdigit() and int(s) <= self.first_step]
             temporary = Path(f"{self.path}.tmp")
             temporary.write_text("".join([header, *kept]))
             os.replace(temporary, self.path)
@@ -381,7 +393,13 @@ class Stop:
     def ask(self, number, frame):
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this round; once more to stop at once", flush=True)
+        try:
+            print("\nstopping after this round; once more to stop at once", flush=True)
+        except (
+            OSError,
+            RuntimeError,
+        ):  # the same Ctrl-C has ended `| tee`; or it fell into a print
+            pass
 
     def __bool__(self):
         return self.asked

@@ -16,6 +16,7 @@ import csv
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,9 @@ class Args:
     def __post_init__(self):
         common.require(self.runs or self.curves, "name checkpoints in --runs or logs in --curves")
         common.require(self.runs or not (self.random or self.gif), "--random and --gif need --runs")
-        common.require_positive(self, "games", "film")
+        common.require_range(self, 1, 10_000, "games", "film")
+        plain = self.out and self.name and Path(self.name).name == self.name
+        common.require(plain, "--out must name a folder, and --name a file without its folder")
         common.require_shares(self, "epsilon", "sticky")
         common.require_range(self, 0, 2**31 - 1, "seed")
 
@@ -216,13 +219,27 @@ def load_networks(args, device):
         networks[path] = net, games
         if checkpoint["stage"] == "expert":
             experts.setdefault(games[0], path)
-        teachers = zip(games, checkpoint.get("experts", []))
-        own[path] = {game: teacher for game, teacher in teachers if Path(teacher).exists()}
+        own[path] = find_teachers(checkpoint) if checkpoint["stage"] == "mimic" else {}
         paths += [teacher for teacher in own[path].values() if teacher not in paths]
     if args.random:
         played = {game for _, games in networks.values() for game in games}
         networks["random"] = None, sorted(played)
     return networks, {label: experts | own.get(label, {}) for label in networks}
+
+
+def find_teachers(mimic):
+    """Return {game: path} of a mimic's experts that are still there and have not changed since."""
+    teachers = {}
+    for game, path, mark in zip(mimic["games"], mimic["experts"], mimic["marks"]):
+        try:
+            expert = common.load_checkpoint(path, ("expert",))
+            if [expert["step"], expert["minutes"]] == mark:
+                teachers[game] = path
+        except common.UserError:
+            pass
+        if game not in teachers:
+            print(f"{path} is gone or has changed: {game} has no expert", file=sys.stderr)
+    return teachers
 
 
 def make_rows(results, expert_of):
@@ -272,8 +289,8 @@ def print_summary(results, expert_of):
     """Print, for each network of several games, its median and interquartile mean over games.
 
     Scores are in per cent of the experts' mean scores, or normalised with random and human scores:
-    100 * (score - random) / (human - random). The median is over the games' means, the interquartile
-    mean over all single scores. Intervals resample the games played, the experts' as well.
+    100 * (score - random) / (human - random). The median is over the games' means, the
+    interquartile mean over all single scores. Intervals resample the games, the experts' as well.
     """
     for label, by_game in results.items():
         own = np.stack(list(by_game.values()))  # (games, plays)
@@ -286,10 +303,10 @@ def print_summary(results, expert_of):
                 own, experts = np.split(scores, 2)
                 return 100 * own / experts.mean(1, keepdims=True)
 
-            if (experts.mean(1) > 0).all():
-                print_middle(
-                    f"{label}, per cent of expert", np.concatenate([own, experts]), percent
-                )
+            # An expert near 0 would make the percentages, above all their intervals, nonsense.
+            if (experts.mean(1) > 4 * experts.std(1) / math.sqrt(experts.shape[1])).all():
+                both = np.concatenate([own, experts])
+                print_middle(f"{label}, per cent of expert", both, percent)
         if all(game in REFERENCE for game in by_game):
             low, high, _ = np.array([REFERENCE[game] for game in by_game]).T[:, :, None]
             human = 100 * (own - low) / (high - low)
@@ -343,7 +360,7 @@ def read_log(path):
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         log = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-    except (OSError, ValueError, TypeError, IndexError):
+    except (OSError, ValueError, TypeError, IndexError, csv.Error):
         log = {}
     if "step" not in log or not any(name.endswith("_score") for name in log):
         raise common.UserError(f"{path} is not a log of this project")
@@ -356,7 +373,7 @@ def group_curves(paths):
     A run is named by its folder, or its file: expert-<game>, mimic, transfer-<game>-<arm>-s<seed>.
     """
     groups = {}
-    for path in map(Path, paths):
+    for path in dict.fromkeys(Path(path).resolve() for path in paths):
         log, name = read_log(path), path.parent.name if path.stem == "log" else path.stem
         label = re.sub(r"-s\d+$", "", name)
         for column in [column for column in log if column.endswith("_score")]:

@@ -56,9 +56,11 @@ class Args:
         common.require_one_of("--objective", self.objective, ("policy", "q"))
         common.require_one_of("--actor", self.actor, ("student", "expert"))
         common.require(len(self.channels) <= 4, "--channels takes at most 4 widths")
-        common.require_positive(self, "steps", "channels", "hidden", "temperature", "lanes")
+        common.require_positive(self, "steps", "channels", "hidden", "temperature")
         common.require_positive(self, "rollout", "updates", "minibatch", "lr", "report_every")
         common.require_shares(self, "epsilon", "decay")
+        common.require_range(self, 1, 10_000, "lanes")
+        common.require(self.out, "--out must name a folder")
         common.require_range(self, 0, 2**31 - 1, "seed", "feature_weight")
         enough = self.replay >= 4 * self.lanes
         common.require(enough, "--replay must hold four observations of every lane")
@@ -208,7 +210,9 @@ def main(args):
     autocast = common.pick_autocast(args.precision, device)
     paths = [str(path) for path in args.experts or sorted(Path("experts").glob("*.pt"))]
     if not paths:
-        raise common.UserError("no experts: name checkpoints of train_expert.py with --experts")
+        raise common.UserError(
+            "no experts/ here: name checkpoints of train_expert.py with --experts"
+        )
     experts, expert_nets = zip(*map(load_expert, paths))
     games = [expert["games"][0] for expert in experts]
     if len(set(games)) < len(games):
@@ -229,10 +233,10 @@ def main(args):
     step, scores = 0, [deque(maxlen=30) for _ in games]  # scores of the last finished games
     saved = common.open_run(out, "mimic", args)
     if saved:
-        if saved["games"] != games or saved["marks"] != marks:
+        if saved["games"] != games or saved.get("marks") != marks:
             before = ", ".join(saved["games"])
             raise common.UserError(
-                f"{out} holds a mimic of other experts ({before}); name another --out"
+                f"{out} holds a mimic of other experts of {before}; name another --out"
             )
         common.load_state(saved, student, optimizer, rng, out)
         regressors.load_state_dict(saved["regressors"])

@@ -29,6 +29,8 @@ from torch import nn
 
 import common
 
+FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # the emulator refuses these for one player
+
 
 @dataclass(frozen=True)
 class Args:
@@ -47,7 +49,7 @@ class Args:
     decay: float = 0.3  # share of the run over which lr falls to zero, at its end
     gamma: float = 0.99  # discount
     lam: float = 0.85  # lambda of the returns: 0 is one-step Q-learning, 1 is Monte Carlo
-    epsilon: float = 0.05  # share of random actions, reached from 1 in a line (paper: 0.1)
+    epsilon: float = 0.01  # share of random actions, reached from 1 in a line (paper: 0.1)
     explore: int = 100_000  # steps until epsilon is reached (paper: 1_000_000)
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this
     report_every: int = 50_000  # steps between two lines of the log, each with a checkpoint
@@ -55,13 +57,14 @@ class Args:
     precision: str = "auto"  # auto, float32 or bfloat16
 
     def __post_init__(self):
-        common.require_one_of("--game", self.game, roms.get_all_rom_ids())
+        common.require_one_of("--game", self.game, set(roms.get_all_rom_ids()) - FOR_TWO)
         common.require_one_of("--arm", self.arm, ("mimic", "control"))
         mixed = self.reset_head and self.arm == "control"
         common.require(not mixed, "--reset-head needs --arm mimic")
-        common.require_positive(self, "steps", "lanes", "rollout", "epochs")
+        common.require_positive(self, "steps", "rollout", "epochs")
         common.require_positive(self, "minibatch", "lr", "max_grad_norm", "report_every")
         common.require_shares(self, "gamma", "lam", "epsilon", "decay")
+        common.require_range(self, 1, 10_000, "lanes")
         common.require_range(self, 0, 2**31 - 1, "explore", "seed")
         common.require(
             self.minibatch <= self.lanes * self.rollout,

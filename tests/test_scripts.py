@@ -343,6 +343,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(copy, command):
     assert f"goes on at step {step:,}" in run(copy, command.replace("100_000", str(step + 32)))
 
 
+def test_ctrl_c_saves_although_it_has_ended_the_reader_of_the_output(copy):
+    command = EXPERT + " --game pong --out runs/long --steps 1_000_000 --report-every 1_000"
+    process = start(copy, command, 1)
+    process.stdout.close()  # as `| tee log.txt` does
+    before = load_checkpoint(copy / "runs/long", ("expert",))["step"]
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    assert load_checkpoint(copy / "runs/long", ("expert",))["step"] > before
+
+
 def test_kill_at_any_moment_loses_no_file(copy):
     command = (
         EXPERT + " --game pong --out runs/long --steps 100_000 --report-every 32"
@@ -354,7 +364,7 @@ def test_kill_at_any_moment_loses_no_file(copy):
         step = load_checkpoint(copy / "runs/long", ("expert",))["step"]
         assert step > 0
     with open(copy / "runs/long/log.csv", "a") as log:
-        log.write("999999,0.1,3")  # a row beyond the checkpoint, cut off by the kill
+        log.write("\n999999,0.1,3")  # a row beyond the checkpoint, cut off by the kill
     run(copy, command.replace("100_000", str(step + 64)))
     steps = [int(row["step"]) for row in rows(copy / "runs/long/log.csv")]
     assert steps == sorted(set(steps)) and steps[-1] == step + 64
@@ -367,7 +377,9 @@ def test_kill_at_any_moment_loses_no_file(copy):
     "flags, words",
     [
         ("--game pongg", ["pongg", "pong"]),
+        ("--game combat", ["combat"]),
         ("--steps 0", ["--steps"]),
+        ("--rollout 1e12", ["memory"]),
         ("--lanes -1", ["--lanes"]),
         ("--minibatch 33", ["--minibatch"]),
         ("--epsilon 1.5", ["--epsilon"]),
@@ -433,6 +445,7 @@ def test_transfer_refuses(studio, flags, words):
         ("--runs common.py", ["common.py"]),
         ("--curves common.py", ["common.py"]),
         ("--runs runs/mimic --games 0", ["--games"]),
+        ("--runs runs/mimic --name a/b", ["--name"]),
         ("--runs runs/mimic --sticky 2", ["--sticky"]),
         ("--curves runs/mimic/log.csv --random", ["--random"]),
     ],
@@ -482,6 +495,12 @@ def test_folder_of_another_run_is_left_alone(copy):
     refused(copy, MIMIC.replace(" runs/expert-boxing/expert.pt", ""), "runs/mimic")
     (copy / "runs/mimic/checkpoint.pt").unlink()
     refused(copy, MIMIC, "without its checkpoint")
+    (copy / "runs/kept").mkdir()
+    shutil.copy(copy / "runs/expert-boxing/expert.pt", copy / "runs/kept")
+    refused(copy, EXPERT + " --game pong --out runs/kept", "expert.pt without its checkpoint")
+    (copy / "runs/kept/expert.pt").rename(copy / "runs/kept/checkpoint.pt")
+    longer = EXPERT + " --game boxing --hidden 16 20 --steps 640"
+    refused(copy, longer + " --out runs/kept", "runs/kept", "weights only")
 
 
 def test_mimic_does_not_go_on_with_other_experts(copy):
@@ -489,6 +508,10 @@ def test_mimic_does_not_go_on_with_other_experts(copy):
     expert = load_checkpoint(path, ("expert",))
     torch.save(expert | {"minutes": expert["minutes"] + 1}, path)  # trained once more
     refused(copy, MIMIC + " --steps 640", "other experts")
+    done = call(copy, "evaluate.py --runs runs/mimic --games 2 --device cpu")
+    assert done.returncode == 0 and "pong has no expert" in done.stderr
+    experts = {row["game"]: row["expert"] for row in rows(copy / "results/table.csv")}
+    assert experts["pong"] == "nan" and experts["boxing"] != "nan"
 
 
 def test_mimic_bears_an_expert_that_never_scored(copy):
