@@ -6,7 +6,7 @@ LayerNorm stands in for the target network, and Q(lambda) returns of the last fe
 for the replay buffer.
 
     python train_expert.py --game pong --steps 50_000      # smoke: one minute, learns nothing yet
-    python train_expert.py --game pong                     # laptop: 30 minutes, 18 in training
+    python train_expert.py --game pong                     # two cores: a quarter of an hour
     python train_expert.py --game pong --steps 12_500_000  # the paper's 50M frames
 
 Output: runs/expert-<game>/ with checkpoint.pt (the same command goes on from it), log.csv, and at

@@ -1,11 +1,11 @@
 """Stage 3 of Actor-Mimic: start a new game from the mimic's weights.
 
 Section 3.4 of the paper. This is train_expert.py to the letter, but for the first weights: those
-of the mimic, or in the control random ones of the same widths. Flags and seeds are the same, so
-where learning starts is the only difference.
+of the mimic, or in the control random ones. Both arms have the mimic's widths, and the same flags
+and seeds, so where learning starts is the only difference.
 
     python transfer.py --game breakout --steps 50_000  # smoke: one minute
-    python transfer.py --game breakout                 # laptop: not timed yet
+    python transfer.py --game breakout                 # two cores: 20 minutes
     python transfer.py --game breakout --arm control   # what it is measured against
 
 Output: runs/transfer-<game>-<arm>-s<seed>/ with checkpoint.pt (the same command goes on from it),
