@@ -406,6 +406,7 @@ def draw_curves(groups, path):
                 panel.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
         panel.set(title=game.replace("_", " "), xlabel="steps", ylabel="score")
         panel.legend(fontsize=8)
+        panel.locator_params(nbins=5)
     figure.savefig(path, dpi=120)
 
 
