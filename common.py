@@ -304,7 +304,10 @@ def open_run(folder, stage, args, may_change=("out", "steps", "device", "precisi
 
 
 def check_finite(loss, step, folder):
-    """Raise UserError if a loss, a scalar tensor, is infinite or nan: the run has diverged."""
+    """Raise UserError if a loss is infinite or nan: the run has diverged.
+
+    loss: scalar tensor, the gradient's norm added, since a finite loss may still spoil the weights.
+    """
     if not torch.isfinite(loss):
         raise UserError(
             f"the loss is not finite at step {step:,}: try a smaller --lr and another --out; "
@@ -395,11 +398,8 @@ class Stop:
         signal.signal(number, signal.SIG_DFL)
         try:
             print("\nstopping after this round; once more to stop at once", flush=True)
-        except (
-            OSError,
-            RuntimeError,
-        ):  # the same Ctrl-C has ended `| tee`; or it fell into a print
-            pass
+        except (OSError, RuntimeError):
+            pass  # the same Ctrl-C has ended `| tee`, or it came in the middle of a print
 
     def __bool__(self):
         return self.asked

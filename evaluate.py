@@ -208,7 +208,7 @@ def load_networks(args, device):
     """Read the checkpoints of `--runs`, and the experts of each mimic if they are still there.
 
     Returns {label: (net, games)}, net being None for the random policy, and {label: {game: label of
-    the expert that this network is compared with}}: a mimic's own experts, or the first at hand.
+    the expert that this network is compared with}}: a mimic's own, for others the first at hand.
     """
     networks, experts, own, paths = {}, {}, {}, list(args.runs)
     for path in paths:  # grows: a mimic adds its experts
@@ -219,12 +219,13 @@ def load_networks(args, device):
         networks[path] = net, games
         if checkpoint["stage"] == "expert":
             experts.setdefault(games[0], path)
-        own[path] = find_teachers(checkpoint) if checkpoint["stage"] == "mimic" else {}
-        paths += [teacher for teacher in own[path].values() if teacher not in paths]
+        if checkpoint["stage"] == "mimic":
+            own[path] = find_teachers(checkpoint)
+            paths += [teacher for teacher in own[path].values() if teacher not in paths]
     if args.random:
         played = {game for _, games in networks.values() for game in games}
         networks["random"] = None, sorted(played)
-    return networks, {label: experts | own.get(label, {}) for label in networks}
+    return networks, {label: own.get(label, experts) for label in networks}
 
 
 def find_teachers(mimic):
@@ -303,7 +304,8 @@ def print_summary(results, expert_of):
                 own, experts = np.split(scores, 2)
                 return 100 * own / experts.mean(1, keepdims=True)
 
-            # An expert near 0 would make the percentages, above all their intervals, nonsense.
+            # Percentages of an expert near 0 are nonsense: four standard errors above it, next to
+            # no resample of its games has a mean of 0 or less.
             if (experts.mean(1) > 4 * experts.std(1) / math.sqrt(experts.shape[1])).all():
                 both = np.concatenate([own, experts])
                 print_middle(f"{label}, per cent of expert", both, percent)

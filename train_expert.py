@@ -269,11 +269,8 @@ def main(args):
                 "max_q": values.mean().item(),
                 "td_loss": loss.item(),
                 "grad_norm": grad_norm.item(),  # before it is clipped
-                "dead": (features == 0)
-                .all(0)
-                .float()
-                .mean()
-                .item(),  # share that is 0 on a minibatch
+                # Share of the features that are 0 on all of the last minibatch.
+                "dead": (features == 0).all(0).float().mean().item(),
                 "epsilon": epsilon,
                 "lr": lr,
             }

@@ -217,7 +217,8 @@ def main(args):
     games = [expert["games"][0] for expert in experts]
     if len(set(games)) < len(games):
         raise common.UserError(f"two experts for one game: {', '.join(games)}")
-    marks = [[expert["step"], expert["minutes"]] for expert in experts]  # tell them apart
+    # What tells an expert from the same one trained again.
+    marks = [[expert["step"], expert["minutes"]] for expert in experts]
     net_args = {"channels": list(args.channels), "hidden": list(args.hidden)}
     G, T, N = len(games), args.rollout, args.lanes
     torch.manual_seed(args.seed)
@@ -300,22 +301,22 @@ def main(args):
             losses = torch.stack(imitation) + args.feature_weight * torch.stack(regression)  # eq. 4
             optimizer.zero_grad()
             losses.mean().backward()
-            grad_norm = nn.utils.get_total_norm([weight.grad for weight in student.parameters()])
             optimizer.step()
         step += T * N
 
         # Once in a while: look, save, report.
+        grad_norm = nn.utils.get_total_norm([weight.grad for weight in student.parameters()])
         common.check_finite(losses.sum() + grad_norm, step, out)
         if step >= min(next_report, args.steps) or stop:
             next_report = (step // args.report_every + 1) * args.report_every
             row = {"lr": lr}
             for g, game in enumerate(games):
                 choices = [q[:, legal[g]].argmax(1) for q in (logits[g].cpu(), batch_q[g])]
-                recent, full = common.mean(scores[g]), experts[g]["score"]
+                recent, goal = common.mean(scores[g]), experts[g]["score"]
                 row |= {
                     f"{game}_score": recent,
                     # A hint only: each of the two scores holds its own run's random actions.
-                    f"{game}_percent": 100 * recent / full if full > 0 else math.nan,
+                    f"{game}_percent": 100 * recent / goal if goal > 0 else math.nan,
                     # Share of the last minibatch on which both prefer the same action.
                     f"{game}_agreement": (choices[0] == choices[1]).float().mean().item(),
                     f"{game}_{args.objective}_loss": imitation[g].item(),
