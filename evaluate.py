@@ -57,6 +57,18 @@ REFERENCE = {
     "video_pinball": (16256.9, 17667.9, 42684),
 }
 
+# The paper's Table 1: mean score of its expert (DQN), and of its one network for all games (AMN).
+PAPER = {
+    "atlantis": (57279, 165065),
+    "boxing": (81.47, 76.264),
+    "breakout": (273.15, 347.01),
+    "crazy_climber": (96189, 57070),
+    "enduro": (457.60, 499.3),
+    "pong": (19.581, 15.275),
+    "seaquest": (4278.9, 1177.3),
+    "space_invaders": (1669.2, 1142.4),
+}
+
 # Half-widths of a 95 % interval of a mean, in standard errors, by number of seeds (Student's t).
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
@@ -140,7 +152,8 @@ class AtariNet(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
                 nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.head.weight)  # every action starts out equal
+        # Of equal scores argmax takes the no-op, which in some games never meets a reward.
+        nn.init.orthogonal_(self.head.weight, 0.01)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, obs):
@@ -249,6 +262,7 @@ def make_rows(results, expert_of):
     for label, by_game in results.items():
         for game, scores in by_game.items():
             random, human, dqn = REFERENCE.get(game, (math.nan,) * 3)
+            paper_dqn, paper_amn = PAPER.get(game, (math.nan,) * 2)
             teacher = expert_of[label].get(game)
             expert = results[teacher][game].mean() if teacher else math.nan
             rows.append(
@@ -262,6 +276,8 @@ def make_rows(results, expert_of):
                     "random": random,
                     "human": human,
                     "dqn_2015": dqn,
+                    "paper_dqn": paper_dqn,
+                    "paper_amn": paper_amn,
                     "expert": expert,
                     "% expert": 100 * scores.mean() / expert if expert > 0 else math.nan,
                     "% human": 100 * (scores.mean() - random) / (human - random),
@@ -332,12 +348,19 @@ def write_csv(rows, path):
             writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
 
 
-def draw_bars(rows, path):
-    """Draw each network's score per game in per cent of the expert (without one, of a human)."""
-    unit = "% human" if all(math.isnan(row["% expert"]) for row in rows) else "% expert"
+def draw_bars(rows, expert_of, path):
+    """Draw scores per game in per cent of the expert, with the paper's; without one, of a human."""
+    pupils = [row for row in rows if row["network"] != expert_of[row["network"]].get(row["game"])]
+    unit = "% human" if all(math.isnan(row["% expert"]) for row in pupils) else "% expert"
+    rows = pupils or rows
+    if unit == "% expert":
+        for game in {row["game"]: None for row in rows if row["game"] in PAPER}:
+            expert, amn = PAPER[game]
+            paper = {"network": "paper's network", "game": game, "mean": amn}
+            rows.append(paper | {unit: 100 * amn / expert})
     labels = list(dict.fromkeys(row["network"] for row in rows))
     games = list(dict.fromkeys(row["game"] for row in rows))
-    figure = Figure(figsize=(2 + 2 * len(games), 4), layout="constrained")
+    figure = Figure(figsize=(4 + 1.2 * len(games), 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / max(sum(row["game"] == game for row in rows) for game in games)
     used = dict.fromkeys(games, 0)  # bars drawn above each game so far
@@ -345,11 +368,11 @@ def draw_bars(rows, path):
         mine = [row for row in rows if row["network"] == label]
         x = [games.index(row["game"]) + used[row["game"]] * width for row in mine]
         bars = axes.bar(x, [row[unit] for row in mine], width, label=label)
-        axes.bar_label(bars, [f"{row['mean']:,.1f}" for row in mine], fontsize=8)
+        axes.bar_label(bars, [f"{row['mean']:,.4g}" for row in mine], fontsize=7, padding=2)
         for row in mine:
             used[row["game"]] += 1
     middles = [i + (used[game] - 1) / 2 * width for i, game in enumerate(games)]
-    axes.set_xticks(middles, [game.replace("_", " ") for game in games])
+    axes.set_xticks(middles, [game.replace("_", "\n") for game in games], fontsize=8)
     axes.axhline(100, color="grey", linewidth=0.8)
     axes.set_ylabel(f"{unit} (above the bars: score)")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -406,6 +429,9 @@ def draw_curves(groups, path):
                 half = t * scores.std(0, ddof=1) / math.sqrt(len(seeds))
                 low, high = scores.mean(0) - half, scores.mean(0) + half
                 panel.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
+        if game in PAPER:
+            label = "paper's expert, at its end"
+            panel.axhline(PAPER[game][0], color="grey", linestyle="dashed", label=label)
         panel.set(title=game.replace("_", " "), xlabel="steps", ylabel="score")
         panel.legend(fontsize=8)
         panel.locator_params(nbins=5)
@@ -479,7 +505,7 @@ def main(args):
         print_table(rows)
         print_summary(results, expert_of)
         write_csv(rows, out / f"{args.name}.csv")
-        draw_bars(rows, out / f"{args.name}.png")
+        draw_bars(rows, expert_of, out / f"{args.name}.png")
         print(f"wrote {out / args.name}.csv and .png")
     if curves:
         draw_curves(curves, out / f"{args.name}-curves.png")

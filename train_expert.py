@@ -49,7 +49,7 @@ class Args:
     gamma: float = 0.99  # discount
     lam: float = 0.85  # lambda of the returns: 0 is one-step Q-learning, 1 is Monte Carlo
     epsilon: float = 0.01  # share of random actions, reached from 1 in a line (paper: 0.1)
-    explore: int = 100_000  # steps until epsilon is reached (paper: 1_000_000)
+    explore: float = 0.1  # share of the run over which epsilon falls (paper: 0.08)
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this
     report_every: int = 50_000  # steps between two lines of the log, each with a checkpoint
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -60,9 +60,9 @@ class Args:
         common.require(len(self.channels) <= 4, "--channels takes at most 4 widths")
         common.require_positive(self, "steps", "channels", "hidden", "rollout", "epochs")
         common.require_positive(self, "minibatch", "lr", "max_grad_norm", "report_every")
-        common.require_shares(self, "gamma", "lam", "epsilon", "decay")
+        common.require_shares(self, "gamma", "lam", "epsilon", "explore", "decay")
         common.require_range(self, 1, 10_000, "lanes")
-        common.require_range(self, 0, 2**31 - 1, "explore", "seed")
+        common.require_range(self, 0, 2**31 - 1, "seed")
         common.require(
             self.minibatch <= self.lanes * self.rollout,
             "--minibatch is larger than the rollout (lanes x rollout)",
@@ -122,7 +122,8 @@ class AtariNet(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
                 nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.head.weight)  # every action starts out equal
+        # Of equal scores argmax takes the no-op, which in some games never meets a reward.
+        nn.init.orthogonal_(self.head.weight, 0.01)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, obs):
@@ -186,7 +187,7 @@ def main(args):
         if step >= args.steps:
             return print(f"{out} has finished; more --steps would go on from step {step:,}")
 
-    obs_buffer = torch.empty((T, N, 4, 84, 84), dtype=torch.uint8)
+    obs_buffer = torch.empty((T, N, 4, 84, 84), dtype=torch.uint8, device=device)
     actions, rewards = torch.empty((T, N), dtype=torch.int64), torch.empty((T, N))
     stops = torch.empty((T, N), dtype=torch.bool)
     values = torch.empty((T + 1, N))  # max_a Q(s, a)
@@ -216,11 +217,12 @@ def main(args):
 
     while step < args.steps:
         # Play T steps on N lanes.
-        epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * step / max(args.explore, 1))
+        explored = step / max(args.explore * args.steps, 1)
+        epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * explored)
         for t in range(T):
             obs_buffer[t] = torch.from_numpy(obs)
             with torch.inference_mode(), autocast:
-                q_values = net(obs_buffer[t].to(device))[0].cpu()
+                q_values = net(obs_buffer[t])[0].cpu()
             values[t] = greedy_value(q_values, legal)
             actions[t] = act(q_values, legal, epsilon, rng)
 
@@ -251,7 +253,7 @@ def main(args):
         for _ in range(args.epochs):
             for batch in torch.randperm(T * N, generator=rng).split(args.minibatch):
                 with autocast:
-                    q_values, features = net(obs_buffer.flatten(0, 1)[batch].to(device))
+                    q_values, features = net(obs_buffer.flatten(0, 1)[batch])
                 chosen, wanted = actions.flatten()[batch].to(device), targets[batch].to(device)
                 loss = td_loss(q_values, chosen, wanted)
                 optimizer.zero_grad()
@@ -275,7 +277,7 @@ def main(args):
                 "lr": lr,
             }
             if step >= args.steps:  # before the checkpoint, which says that all is done
-                half = {name: weight.half() for name, weight in net.state_dict().items()}
+                half = {name: weight.half().cpu() for name, weight in net.state_dict().items()}
                 save("expert.pt", net=half)
             save(
                 "checkpoint.pt",

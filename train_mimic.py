@@ -119,7 +119,8 @@ class AtariNet(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
                 nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.head.weight)  # every action starts out equal
+        # Of equal scores argmax takes the no-op, which in some games never meets a reward.
+        nn.init.orthogonal_(self.head.weight, 0.01)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, obs):

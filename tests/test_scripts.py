@@ -383,6 +383,7 @@ def test_kill_at_any_moment_loses_no_file(copy):
         ("--lanes -1", ["--lanes"]),
         ("--minibatch 33", ["--minibatch"]),
         ("--epsilon 1.5", ["--epsilon"]),
+        ("--explore 100_000", ["--explore"]),
         ("--device tpu", ["--device"]),
         ("--precision int8", ["--precision"]),
         ("--hidden 0", ["--hidden"]),
