@@ -6,7 +6,7 @@ the student learns to hold the same policy (policy regression) and, if wanted, f
 the expert's can be read off (feature regression).
 
     python train_mimic.py --steps 10_000      # smoke: one minute
-    python train_mimic.py                     # all of experts/: 20 minutes on two cores
+    python train_mimic.py                     # all of experts/: half an hour on two cores
     python train_mimic.py --steps 25_000_000  # the paper's length
 
 Output: runs/mimic/ with checkpoint.pt (the same command goes on from it) and log.csv.
@@ -31,7 +31,7 @@ import common
 @dataclass(frozen=True)
 class Args:
     experts: tuple = ()  # checkpoints of stage 1, each for another game (none: all of experts/)
-    steps: int = 400_000  # agent decisions in each game, 4 frames each (paper: 25_000_000)
+    steps: int = 150_000  # agent decisions in each game, 4 frames each (paper: 25_000_000)
     seed: int = 1  # of the weights, exploration, replay and emulators
     out: str = "runs/mimic"  # folder of the run
     channels: tuple = (32, 64, 64)  # convolutions: kernels 8, 4, 3, 3 with strides 4, 2, 1, 1
