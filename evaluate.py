@@ -5,7 +5,7 @@ A score is the raw return of a whole game, played with epsilon 0.05 after 0 to 2
 
     python evaluate.py --runs runs/mimic                          # the mimic beside its experts
     python evaluate.py --runs experts/*.pt --random --sticky 0.25 # sticky actions, and chance
-    python evaluate.py --curves runs/transfer-breakout-*/log.csv  # learning curves
+    python evaluate.py --curves runs/transfer-star_gunner-*/log.csv  # learning curves
     python evaluate.py --runs runs/mimic --games 1 --gif --name film  # a film of all its games
 
 Output: the table, also as results/table.csv; bars in table.png, learning curves in
@@ -349,14 +349,19 @@ def write_csv(rows, path):
 
 
 def draw_bars(rows, expert_of, path):
-    """Draw scores per game in per cent of the expert, with the paper's; without one, of a human."""
+    """Draw scores per game in per cent of the expert, or without pupils of experts, of a human.
+
+    The paper's network stands beside them, in per cent of the paper's own experts.
+    """
     pupils = [row for row in rows if row["network"] != expert_of[row["network"]].get(row["game"])]
+    if all(row["network"] == "random" for row in pupils):
+        pupils = []  # then the experts themselves are what is shown
     unit = "% human" if all(math.isnan(row["% expert"]) for row in pupils) else "% expert"
     rows = pupils or rows
     if unit == "% expert":
         for game in {row["game"]: None for row in rows if row["game"] in PAPER}:
             expert, amn = PAPER[game]
-            paper = {"network": "paper's network", "game": game, "mean": amn}
+            paper = {"network": "paper's, of its own experts", "game": game, "mean": amn}
             rows.append(paper | {unit: 100 * amn / expert})
     labels = list(dict.fromkeys(row["network"] for row in rows))
     games = list(dict.fromkeys(row["game"] for row in rows))
@@ -368,7 +373,8 @@ def draw_bars(rows, expert_of, path):
         mine = [row for row in rows if row["network"] == label]
         x = [games.index(row["game"]) + used[row["game"]] * width for row in mine]
         bars = axes.bar(x, [row[unit] for row in mine], width, label=label)
-        axes.bar_label(bars, [f"{row['mean']:,.4g}" for row in mine], fontsize=7, padding=2)
+        scores = [f"{row['mean']:,.{0 if abs(row['mean']) >= 100 else 1}f}" for row in mine]
+        axes.bar_label(bars, scores, fontsize=7, padding=2)
         for row in mine:
             used[row["game"]] += 1
     middles = [i + (used[game] - 1) / 2 * width for i, game in enumerate(games)]

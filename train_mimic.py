@@ -5,7 +5,7 @@ game's expert says how good every action is (Q-values). A softmax turns this int
 the student learns to hold the same policy (policy regression) and, if wanted, features from which
 the expert's can be read off (feature regression).
 
-    python train_mimic.py --steps 10_000      # smoke: one minute
+    python train_mimic.py --steps 10_000      # smoke: two minutes
     python train_mimic.py                     # all of experts/: half an hour on two cores
     python train_mimic.py --steps 25_000_000  # the paper's length
 

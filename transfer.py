@@ -4,9 +4,9 @@ Section 3.4 of the paper. This is train_expert.py to the letter, but for the fir
 of the mimic, or in the control random ones. Both arms have the mimic's widths, and the same flags
 and seeds, so where learning starts is the only difference.
 
-    python transfer.py --game breakout --steps 50_000  # smoke: one minute
-    python transfer.py --game breakout                 # two cores: 20 minutes
-    python transfer.py --game breakout --arm control   # what it is measured against
+    python transfer.py --game star_gunner --steps 50_000  # smoke: one minute
+    python transfer.py --game star_gunner                 # two cores: 20 minutes
+    python transfer.py --game star_gunner --arm control   # what it is measured against
 
 Output: runs/transfer-<game>-<arm>-s<seed>/ with checkpoint.pt (the same command goes on from it),
 log.csv, and at the end expert.pt.
@@ -34,11 +34,11 @@ FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # the emulator refuses 
 
 @dataclass(frozen=True)
 class Args:
-    game: str = "breakout"  # ROM name, as ale-py spells it
+    game: str = "star_gunner"  # ROM name, as ale-py spells it
     mimic: str = "runs/mimic"  # checkpoint of train_mimic.py; gives both arms their widths
     arm: str = "mimic"  # mimic, or control: the same network with random first weights
     reset_head: bool = False  # start with a fresh output layer: the mimic's logits are no Q-values
-    steps: int = 1_200_000  # agent decisions over all lanes, 4 frames each (paper: 12_500_000)
+    steps: int = 1_200_000  # agent decisions over all lanes, 4 frames each (paper: 10_000_000)
     seed: int = 1  # of the weights, exploration, shuffling and emulators
     out: str = ""  # folder of the run (empty: runs/transfer-<game>-<arm>-s<seed>)
     lanes: int = 32  # emulators side by side
@@ -50,7 +50,7 @@ class Args:
     gamma: float = 0.99  # discount
     lam: float = 0.85  # lambda of the returns: 0 is one-step Q-learning, 1 is Monte Carlo
     epsilon: float = 0.01  # share of random actions, reached from 1 in a line (paper: 0.1)
-    explore: float = 0.1  # share of the run over which epsilon falls (paper: 0.08)
+    explore: float = 0.1  # share of the run over which epsilon falls (paper: 0.1)
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this
     report_every: int = 50_000  # steps between two lines of the log, each with a checkpoint
     device: str = "auto"  # auto, cpu, cuda or mps

@@ -1,6 +1,6 @@
 """Measure the speed of the three training stages against what this machine could do at best.
 
-    python tests/benchmark.py                # all three stages, about three minutes
+    python tests/benchmark.py                # all three stages, about five minutes
     python tests/benchmark.py transfer       # one of: expert, mimic, transfer
 
 First the bare figures: the emulator with random actions, the network acting, the network learning,
@@ -148,7 +148,7 @@ def main(stage):
     else:
         args = train_expert.Args()
         widths = args if stage == "expert" else train_mimic.Args()
-        emulator = bare_emulator(["pong" if stage == "expert" else "breakout"], args.lanes)
+        emulator = bare_emulator(["pong" if stage == "expert" else "star_gunner"], args.lanes)
         acting = bare_network(widths, args.lanes, False, autocast)
         learning = bare_network(widths, args.minibatch, True, autocast)
         limit = 1 / (1 / emulator + 1 / acting + args.epochs / learning)
