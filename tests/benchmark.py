@@ -1,6 +1,6 @@
 """Measure the speed of the three training stages against what this machine could do at best.
 
-    python tests/benchmark.py                # all three stages, about five minutes
+    python tests/benchmark.py                # all three stages, about seven minutes
     python tests/benchmark.py transfer       # one of: expert, mimic, transfer
 
 First the bare figures: the emulator with random actions, the network acting, the network learning,
