@@ -5,7 +5,7 @@ A score is the raw return of a whole game, played with epsilon 0.05 after 0 to 2
 
     python evaluate.py --runs runs/mimic                          # the mimic beside its experts
     python evaluate.py --runs experts/*.pt --random --sticky 0.25 # sticky actions, and chance
-    python evaluate.py --curves runs/transfer-star_gunner-*/log.csv  # learning curves
+    python evaluate.py --curves runs/transfer-*/log.csv           # learning curves
     python evaluate.py --runs runs/mimic --games 1 --gif --name film  # a film of all its games
 
 Output: the table, also as results/table.csv; bars in table.png, learning curves in
@@ -349,22 +349,23 @@ def write_csv(rows, path):
 
 
 def draw_bars(rows, expert_of, path):
-    """Draw scores per game in per cent of the expert, or without pupils of experts, of a human.
+    """Draw the scores of all networks that are not experts in per cent of the expert, per game.
 
-    The paper's network stands beside them, in per cent of the paper's own experts.
+    The paper's network stands beside them, in per cent of its own experts. Without such networks,
+    or without experts to compare them with, scores are in per cent of a human's.
     """
     pupils = [row for row in rows if row["network"] != expert_of[row["network"]].get(row["game"])]
     if all(row["network"] == "random" for row in pupils):
         pupils = []  # then the experts themselves are what is shown
     unit = "% human" if all(math.isnan(row["% expert"]) for row in pupils) else "% expert"
     rows = pupils or rows
-    if unit == "% expert":
-        for game in {row["game"]: None for row in rows if row["game"] in PAPER}:
-            expert, amn = PAPER[game]
-            paper = {"network": "paper's, of its own experts", "game": game, "mean": amn}
-            rows.append(paper | {unit: 100 * amn / expert})
-    labels = list(dict.fromkeys(row["network"] for row in rows))
     games = list(dict.fromkeys(row["game"] for row in rows))
+    if unit == "% expert":
+        label = "paper's, of its own experts"
+        for game in [game for game in games if game in PAPER]:
+            dqn, amn = PAPER[game]
+            rows.append({"network": label, "game": game, "mean": amn, unit: 100 * amn / dqn})
+    labels = list(dict.fromkeys(row["network"] for row in rows))
     figure = Figure(figsize=(4 + 1.2 * len(games), 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / max(sum(row["game"] == game for row in rows) for game in games)
@@ -373,8 +374,9 @@ def draw_bars(rows, expert_of, path):
         mine = [row for row in rows if row["network"] == label]
         x = [games.index(row["game"]) + used[row["game"]] * width for row in mine]
         bars = axes.bar(x, [row[unit] for row in mine], width, label=label)
-        scores = [f"{row['mean']:,.{0 if abs(row['mean']) >= 100 else 1}f}" for row in mine]
-        axes.bar_label(bars, scores, fontsize=7, padding=2)
+        means = [row["mean"] for row in mine]
+        texts = [f"{mean:,.0f}" if abs(mean) >= 100 else f"{mean:.1f}" for mean in means]
+        axes.bar_label(bars, texts, fontsize=7, padding=2)
         for row in mine:
             used[row["game"]] += 1
     middles = [i + (used[game] - 1) / 2 * width for i, game in enumerate(games)]
