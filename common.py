@@ -20,6 +20,7 @@ A checkpoint is one plain dict, written by `torch.save` and read with `weights_o
 
 import argparse
 import csv
+import ctypes
 import dataclasses
 import difflib
 import inspect
@@ -33,6 +34,11 @@ import time
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not noticed
+    fcntl = None
 
 FORMAT = "actor-mimic-1"
 
@@ -139,6 +145,7 @@ def require_positive(args, *names):
 def run(main, cls):
     """Parse the command line and call main(args); a UserError is one line and exit status 2."""
     try:
+        keep_freed_memory()
         main(parse_args(cls))
     except UserError as error:
         message = str(error)
@@ -157,6 +164,17 @@ def run(main, cls):
 
 
 # Machine
+
+
+def keep_freed_memory():
+    """Tell Linux's allocator to keep what is freed: batch after batch needs buffers as large.
+
+    As it stands it hands each large buffer back and pays for it page by page at the next use.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
 
 
 def pick_device(name):
@@ -322,11 +340,19 @@ class Log:
     """One CSV per run and one console line per report.
 
     A continued run first drops what was written after its checkpoint, so that every step stands
-    in the log once. `saved` is that checkpoint, or None.
+    in the log once. `saved` is that checkpoint, or None. Raises UserError if another process writes
+    to the folder.
     """
 
     def __init__(self, folder, saved):
         self.path, self.started = Path(folder) / "log.csv", time.time()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if fcntl:  # ends with the process, however it ends
+            try:
+                fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"another process is at work in {folder}; name another --out"
+                raise UserError(message) from None
         self.clock = None  # step and time of the first line
         self.first_step = saved["step"] if saved else 0
         self.minutes_before = saved["minutes"] if saved else 0.0

@@ -157,7 +157,7 @@ class AtariNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, obs):
-        features = self.body(obs / 255).float()
+        features = self.body(obs.to(memory_format=torch.channels_last) / 255).float()
         # In bfloat16 rounding would be larger than what tells good actions from bad ones.
         with torch.autocast(obs.device.type, enabled=False):
             return self.head(features), features

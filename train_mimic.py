@@ -37,7 +37,7 @@ class Args:
     channels: tuple = (32, 64, 64)  # convolutions: kernels 8, 4, 3, 3 with strides 4, 2, 1, 1
     hidden: tuple = (512,)  # fully connected layers
     objective: str = "policy"  # policy, or q: regression on Q-values, the way not taken
-    temperature: float = 0.02  # of the experts' softmax; their Q-values lie close (paper: 1)
+    temperature: float = 0.3  # of the experts' softmax, times their Q-values' spread (paper: 1)
     feature_weight: float = 0.01  # of feature regression; 0 switches it off (paper: 0, and 0.01)
     actor: str = "student"  # who plays: student or expert
     epsilon: float = 0.1  # share of random actions of whoever plays
@@ -46,7 +46,7 @@ class Args:
     updates: int = 4  # gradient steps per round: each observation is learned from twice (as paper)
     minibatch: int = 128  # observations of each game per gradient step (paper: 8)
     replay: int = 20_000  # observations kept of each game, 0.16 GB (paper: 100_000)
-    lr: float = 5e-4  # of Adam
+    lr: float = 1e-3  # of Adam
     decay: float = 0.5  # share of the run over which lr falls to zero, at its end
     report_every: int = 20_000  # steps between two lines of the log, each with a checkpoint
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -58,7 +58,7 @@ class Args:
         common.require(len(self.channels) <= 4, "--channels takes at most 4 widths")
         common.require_positive(self, "steps", "channels", "hidden", "temperature")
         common.require_positive(self, "rollout", "updates", "minibatch", "lr", "report_every")
-        common.require_shares(self, "epsilon", "decay")
+        common.require_shares(self, "lr", "epsilon", "decay")
         common.require_range(self, 1, 10_000, "lanes")
         common.require(self.out, "--out must name a folder")
         common.require_range(self, 0, 2**31 - 1, "seed", "feature_weight")
@@ -124,7 +124,7 @@ class AtariNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, obs):
-        features = self.body(obs / 255).float()
+        features = self.body(obs.to(memory_format=torch.channels_last) / 255).float()
         # In bfloat16 rounding would be larger than what tells good actions from bad ones.
         with torch.autocast(obs.device.type, enabled=False):
             return self.head(features), features
@@ -193,8 +193,9 @@ class FrameReplay:
         lane = torch.randint(self.frames.shape[1], (count,), generator=rng)
         slot = step % len(self.frames)
         back = torch.arange(3, -1, -1)  # the newest frame comes last
-        obs = self.frames[(step[:, None] - back) % len(self.frames), lane[:, None]]
-        obs[back > self.age[slot, lane][:, None]] = 0
+        index = (step[:, None] - back) % len(self.frames) * self.frames.shape[1] + lane[:, None]
+        obs = self.frames.flatten(0, 1).index_select(0, index.flatten()).view(count, 4, 84, 84)
+        obs *= (back <= self.age[slot, lane][:, None])[:, :, None, None]  # else black
         return obs, self.q_values[slot, lane], self.features[slot, lane].float()
 
 
@@ -284,42 +285,44 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         for _ in range(args.updates):
-            drawn = [replay.draw(args.minibatch, rng) for replay in replays]
-            batch_obs, batch_q, batch_features = zip(*drawn)
-            with autocast:
-                logits, features = student(torch.cat(batch_obs).to(device))
-                predicted = [f(h) for f, h in zip(regressors, features.chunk(G))]
-            logits = logits.view(G, args.minibatch, 18)
-            imitation, regression = [], []  # losses, one for each game
-            for g in range(G):
-                expert_q, mask = batch_q[g].to(device), legal[g].to(device)
-                if args.objective == "policy":
-                    imitation.append(policy_loss(logits[g], expert_q, mask, args.temperature))
-                else:
-                    imitation.append(q_loss(logits[g], expert_q, mask))
-                expert_features = batch_features[g].to(device)
-                regression.append(feature_loss(predicted[g].float(), expert_features))
-            losses = torch.stack(imitation) + args.feature_weight * torch.stack(regression)  # eq. 4
             optimizer.zero_grad()
-            losses.mean().backward()
+            imitation, regression, agreement = [], [], []  # of each game
+            for g in range(G):  # as much of each; one game after the other needs less memory
+                drawn = [tensor.to(device) for tensor in replays[g].draw(args.minibatch, rng)]
+                (batch_obs, expert_q, expert_features), mask = drawn, legal[g].to(device)
+                with autocast:
+                    logits, features = student(batch_obs)
+                    predicted = regressors[g](features).float()
+                if args.objective == "policy":
+                    # How far the Q-values of a state lie apart: Enduro 14 times Atlantis.
+                    spread = expert_q[:, mask].std(1, correction=0).mean().clamp(min=1e-6)
+                    temperature = args.temperature * spread
+                    imitation.append(policy_loss(logits, expert_q, mask, temperature))
+                else:
+                    imitation.append(q_loss(logits, expert_q, mask))
+                regression.append(feature_loss(predicted, expert_features))
+                loss = imitation[g] + args.feature_weight * regression[g]  # eq. 4
+                (loss / G).backward()  # the gradients of all games add up
+                same = logits[:, mask].argmax(1) == expert_q[:, mask].argmax(1)
+                agreement.append(same.float().mean())
             optimizer.step()
         step += T * N
 
         # Once in a while: look, save, report.
         grad_norm = nn.utils.get_total_norm([weight.grad for weight in student.parameters()])
+        losses = torch.stack(imitation) + args.feature_weight * torch.stack(regression)
         common.check_finite(losses.sum() + grad_norm, step, out)
         if step >= min(next_report, args.steps) or stop:
             next_report = (step // args.report_every + 1) * args.report_every
             row = {"lr": lr}
             for g, game in enumerate(games):
-                choices = [q[:, legal[g]].argmax(1) for q in (logits[g].cpu(), batch_q[g])]
                 recent, goal = common.mean(scores[g]), experts[g]["score"]
                 row |= {
                     f"{game}_score": recent,
                     # A hint only: each of the two scores holds its own run's random actions.
                     f"{game}_percent": 100 * recent / goal if goal > 0 else math.nan,
                     # Share of the last minibatch on which both prefer the same action.
-                    f"{game}_agreement": (choices[0] == choices[1]).float().mean().item(),
+                    f"{game}_agreement": agreement[g].item(),
                     f"{game}_{args.objective}_loss": imitation[g].item(),
                     f"{game}_feature_loss": regression[g].item(),
                 }

@@ -63,7 +63,7 @@ class Args:
         common.require(not mixed, "--reset-head needs --arm mimic")
         common.require_positive(self, "steps", "rollout", "epochs")
         common.require_positive(self, "minibatch", "lr", "max_grad_norm", "report_every")
-        common.require_shares(self, "gamma", "lam", "epsilon", "explore", "decay")
+        common.require_shares(self, "lr", "gamma", "lam", "epsilon", "explore", "decay")
         common.require_range(self, 1, 10_000, "lanes")
         common.require_range(self, 0, 2**31 - 1, "seed")
         common.require(
@@ -130,7 +130,7 @@ class AtariNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, obs):
-        features = self.body(obs / 255).float()
+        features = self.body(obs.to(memory_format=torch.channels_last) / 255).float()
         # In bfloat16 rounding would be larger than what tells good actions from bad ones.
         with torch.autocast(obs.device.type, enabled=False):
             return self.head(features), features
@@ -228,6 +228,11 @@ def main(args):
     stop, next_report = common.Stop(), step
 
     while step < args.steps:
+        restart = np.arange(N) == (step - log.first_step) // (T * N)
+        if restart.any():  # one lane after the other, or games of one length would stay in step
+            obs, info = envs.reset(options={"reset_mask": restart})
+            frame, returns[restart] = info["episode_frame_number"], 0
+
         # Play T steps on N lanes.
         explored = step / max(args.explore * args.steps, 1)
         epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * explored)

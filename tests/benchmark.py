@@ -61,8 +61,8 @@ def bare_emulator(games, lanes):
     return rate(step, len(games) * lanes)
 
 
-def bare_network(args, batch, learning, autocast, optimizer=torch.optim.RAdam):
-    """Observations per second of a stage's network, acting or learning from one minibatch."""
+def bare_network(args, batch, learning, autocast, optimizer=torch.optim.RAdam, parts=1):
+    """Observations per second of a stage's network, acting on a batch or learning from `parts`."""
     net = AtariNet(args.channels, args.hidden).to(memory_format=torch.channels_last)
     obs = torch.randint(256, (batch, 4, 84, 84), dtype=torch.uint8)
     optimizer = optimizer(net.parameters(), lr=1e-5)
@@ -72,13 +72,14 @@ def bare_network(args, batch, learning, autocast, optimizer=torch.optim.RAdam):
             net(obs)
 
     def learn():
-        with autocast:
-            scores, _ = net(obs)
         optimizer.zero_grad()
-        scores.square().mean().backward()
+        for _ in range(parts):
+            with autocast:
+                scores, _ = net(obs)
+            scores.square().mean().backward()
         optimizer.step()
 
-    return rate(learn if learning else forward, batch)
+    return rate(learn, parts * batch) if learning else rate(forward, batch)
 
 
 class Timer:
@@ -131,6 +132,7 @@ def run_stage(stage, module, **flags):
 
 
 def main(stage):
+    common.keep_freed_memory()
     autocast = common.pick_autocast("auto", torch.device("cpu"))
     print(f"{stage}: {common.machine()}, {torch.get_num_threads()} threads")
     experts = sorted((ROOT / "experts").glob("*.pt"))
@@ -141,7 +143,7 @@ def main(stage):
         emulator = bare_emulator(games, N)
         acting = bare_network(args, G * N, False, autocast)
         labelling = bare_network(expert, N, False, autocast)
-        learning = bare_network(args, G * args.minibatch, True, autocast, torch.optim.Adam)
+        learning = bare_network(args, args.minibatch, True, autocast, torch.optim.Adam, parts=G)
         reuse = args.updates * args.minibatch / (args.rollout * N)
         limit = 1 / (1 / emulator + 1 / acting + 1 / labelling + reuse / learning)
         bare = f"acting {acting:,.0f}, experts {labelling:,.0f}, learning {learning:,.0f}"

@@ -75,6 +75,20 @@ def test_pictures_and_scores_equal_a_slow_pipeline_on_raw_frames(game, fire):
     assert ended, "no game ended: the test has seen no whole score"
 
 
+def test_a_lane_that_is_restarted_leaves_the_others_alone():
+    envs, restart = make_envs("boxing", 3), np.array([False, True, False])
+    first, info = envs.reset(seed=np.array([1, 2, 3]))
+    for _ in range(10):
+        before, _, _, _, info = envs.step(np.zeros(3, int))
+    obs, new_info = envs.reset(options={"reset_mask": restart})
+    assert (obs[[0, 2]] == before[[0, 2]]).all()
+    assert (obs[1, :3] == 0).all() and (obs[1, 3] != 0).any()  # black before the first picture
+    fell = new_info["episode_frame_number"] < info["episode_frame_number"]
+    assert (fell == restart).all()
+    _, _, _, _, info = envs.step(np.zeros(3, int))
+    assert (info["episode_frame_number"] == new_info["episode_frame_number"] + 4).all()
+
+
 def test_three_ends_are_told_apart():
     envs, legal = make_envs("breakout", 4, max_frames=800), legal_actions("breakout")
     rng = torch.Generator().manual_seed(0)

@@ -198,7 +198,7 @@ def test_student_reaches_the_policy_of_a_frozen_expert():
         expert_q = expert(obs)[0]
         expert_q[:, legal] -= expert_q[:, legal].mean(0)  # otherwise one action is best everywhere
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
-    for _ in range(150):
+    for _ in range(300):
         loss = policy_loss(student(obs)[0], expert_q, legal, 0.02)
         optimizer.zero_grad()
         loss.backward()

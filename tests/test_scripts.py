@@ -343,9 +343,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(copy, command):
     assert f"goes on at step {step:,}" in run(copy, command.replace("100_000", str(step + 32)))
 
 
-def test_ctrl_c_saves_although_it_has_ended_the_reader_of_the_output(copy):
+def test_ctrl_c_saves_although_it_has_ended_the_reader_and_a_second_process_is_refused(copy):
     command = EXPERT + " --game pong --out runs/long --steps 1_000_000 --report-every 1_000"
     process = start(copy, command, 1)
+    second = call(copy, command)  # at work in the same folder: the first one's files would suffer
+    assert second.returncode == 2 and "another process" in second.stderr
     process.stdout.close()  # as `| tee log.txt` does
     before = load_checkpoint(copy / "runs/long", ("expert",))["step"]
     process.send_signal(signal.SIGINT)
@@ -389,6 +391,7 @@ def test_kill_at_any_moment_loses_no_file(copy):
         ("--hidden 0", ["--hidden"]),
         ("--channels 4 4 4 4 4", ["--channels"]),
         ("--lr 0", ["--lr"]),
+        ("--lr 1e38", ["--lr"]),
         ("--seed -1", ["--seed"]),
         ("--stepz 3", ["--stepz"]),
         ("--ste 3", ["--ste"]),
