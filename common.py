@@ -167,14 +167,14 @@ def run(main, cls):
 
 
 def keep_freed_memory():
-    """Tell Linux's allocator to keep what is freed: batch after batch needs buffers as large.
+    """Tell Linux's allocator to keep what is freed: the next batch needs buffers as large.
 
     As it stands it hands each large buffer back and pays for it page by page at the next use.
     """
     if platform.libc_ver()[0] == "glibc":
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3  # malloc.h
         mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
+        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # an older one: 32 MB
 
 
 def pick_device(name):
@@ -347,12 +347,15 @@ class Log:
     def __init__(self, folder, saved):
         self.path, self.started = Path(folder) / "log.csv", time.time()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if fcntl:  # ends with the process, however it ends
+        if fcntl:
+            self.lock = open(self.path.parent / "lock", "w")  # until this process ends
             try:
-                fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 message = f"another process is at work in {folder}; name another --out"
                 raise UserError(message) from None
+            except OSError:
+                pass  # a file system without locks
         self.clock = None  # step and time of the first line
         self.first_step = saved["step"] if saved else 0
         self.minutes_before = saved["minutes"] if saved else 0.0

@@ -58,8 +58,9 @@ class Args:
         common.require(len(self.channels) <= 4, "--channels takes at most 4 widths")
         common.require_positive(self, "steps", "channels", "hidden", "temperature")
         common.require_positive(self, "rollout", "updates", "minibatch", "lr", "report_every")
-        common.require_shares(self, "lr", "epsilon", "decay")
+        common.require_shares(self, "epsilon", "decay")
         common.require_range(self, 1, 10_000, "lanes")
+        common.require_range(self, 0, 1, "lr")
         common.require(self.out, "--out must name a folder")
         common.require_range(self, 0, 2**31 - 1, "seed", "feature_weight")
         enough = self.replay >= 4 * self.lanes
@@ -140,12 +141,21 @@ def act(scores, legal, epsilon, rng):
     return torch.where(torch.rand(len(scores), generator=rng) < epsilon, random, greedy)
 
 
+def q_spread(expert_q, legal):
+    """How far the Q-values of a state lie apart: (B, 18), (18,) bool -> scalar, at least 1e-6.
+
+    It is the standard deviation over the legal actions, mean over the batch. In some games an
+    action hardly matters and in others much, and the temperature has to keep step with that.
+    """
+    return expert_q[:, legal].std(1, correction=0).mean().clamp(min=1e-6)
+
+
 def policy_loss(student_logits, expert_q, legal, temperature):
     """Cross-entropy from the expert's softened policy to the student's, batch mean (eq. 2).
 
-    student_logits, expert_q: (B, 18); legal: (18,) bool; returns a scalar. Only the expert is
-    divided by the temperature (eq. 1): it turns Q-values, whose scale differs from game to game,
-    into a policy.
+    student_logits, expert_q: (B, 18); legal: (18,) bool; temperature: above 0; returns a scalar.
+    Only the expert is divided by the temperature (eq. 1): it turns Q-values, whose scale differs
+    from game to game, into a policy.
     """
     expert_policy = F.softmax(expert_q[:, legal] / temperature, 1)
     return -(expert_policy * F.log_softmax(student_logits[:, legal], 1)).sum(1).mean()
@@ -227,6 +237,7 @@ def main(args):
     rng = torch.Generator().manual_seed(args.seed)  # explores, draws and seeds the emulators
 
     legal = [legal_actions(game) for game in games]
+    masks = [mask.to(device) for mask in legal]
     expert_nets = [net.to(device, memory_format=torch.channels_last) for net in expert_nets]
     student = AtariNet(**net_args).to(device, memory_format=torch.channels_last)
     # One linear map per game, from the student's features to the expert's.
@@ -286,23 +297,22 @@ def main(args):
             group["lr"] = lr
         for _ in range(args.updates):
             optimizer.zero_grad()
-            imitation, regression, agreement = [], [], []  # of each game
-            for g in range(G):  # as much of each; one game after the other needs less memory
-                drawn = [tensor.to(device) for tensor in replays[g].draw(args.minibatch, rng)]
-                (batch_obs, expert_q, expert_features), mask = drawn, legal[g].to(device)
+            imitation, regression, losses, spreads, agreement = [], [], [], [], []  # of each game
+            for g, mask in enumerate(masks):  # one by one: that is faster on CPUs than all at once
+                drawn = replays[g].draw(args.minibatch, rng)
+                batch_obs, expert_q, expert_features = (tensor.to(device) for tensor in drawn)
                 with autocast:
                     logits, features = student(batch_obs)
                     predicted = regressors[g](features).float()
+                spreads.append(q_spread(expert_q, mask))
                 if args.objective == "policy":
-                    # How far the Q-values of a state lie apart: Enduro 14 times Atlantis.
-                    spread = expert_q[:, mask].std(1, correction=0).mean().clamp(min=1e-6)
-                    temperature = args.temperature * spread
+                    temperature = args.temperature * spreads[g]
                     imitation.append(policy_loss(logits, expert_q, mask, temperature))
                 else:
                     imitation.append(q_loss(logits, expert_q, mask))
                 regression.append(feature_loss(predicted, expert_features))
-                loss = imitation[g] + args.feature_weight * regression[g]  # eq. 4
-                (loss / G).backward()  # the gradients of all games add up
+                losses.append(imitation[g] + args.feature_weight * regression[g])  # eq. 4
+                (losses[g] / G).backward()  # the gradients of all games add up
                 same = logits[:, mask].argmax(1) == expert_q[:, mask].argmax(1)
                 agreement.append(same.float().mean())
             optimizer.step()
@@ -310,8 +320,7 @@ def main(args):
 
         # Once in a while: look, save, report.
         grad_norm = nn.utils.get_total_norm([weight.grad for weight in student.parameters()])
-        losses = torch.stack(imitation) + args.feature_weight * torch.stack(regression)
-        common.check_finite(losses.sum() + grad_norm, step, out)
+        common.check_finite(sum(losses) + grad_norm, step, out)
         if step >= min(next_report, args.steps) or stop:
             next_report = (step // args.report_every + 1) * args.report_every
             row = {"lr": lr}
@@ -325,6 +334,7 @@ def main(args):
                     f"{game}_agreement": agreement[g].item(),
                     f"{game}_{args.objective}_loss": imitation[g].item(),
                     f"{game}_feature_loss": regression[g].item(),
+                    f"{game}_spread": spreads[g].item(),
                 }
             common.save_checkpoint(
                 out / "checkpoint.pt",
@@ -345,7 +355,7 @@ def main(args):
             )
             log.write(step, row)
             percents = "  ".join(f"{game} {row[f'{game}_percent']:.0f} %" for game in games)
-            log.line(step, args.steps, f"loss {losses.mean().item():.3f}  {percents}")
+            log.line(step, args.steps, f"loss {sum(losses).item() / G:.3f}  {percents}")
             if stop and step < args.steps:
                 return print(f"saved; the same command goes on from step {step:,}")
 

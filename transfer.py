@@ -63,8 +63,9 @@ class Args:
         common.require(not mixed, "--reset-head needs --arm mimic")
         common.require_positive(self, "steps", "rollout", "epochs")
         common.require_positive(self, "minibatch", "lr", "max_grad_norm", "report_every")
-        common.require_shares(self, "lr", "gamma", "lam", "epsilon", "explore", "decay")
+        common.require_shares(self, "gamma", "lam", "epsilon", "explore", "decay")
         common.require_range(self, 1, 10_000, "lanes")
+        common.require_range(self, 0, 1, "lr")
         common.require_range(self, 0, 2**31 - 1, "seed")
         common.require(
             self.minibatch <= self.lanes * self.rollout,
@@ -228,10 +229,12 @@ def main(args):
     stop, next_report = common.Stop(), step
 
     while step < args.steps:
-        restart = np.arange(N) == (step - log.first_step) // (T * N)
-        if restart.any():  # one lane after the other, or games of one length would stay in step
-            obs, info = envs.reset(options={"reset_mask": restart})
-            frame, returns[restart] = info["episode_frame_number"], 0
+        # Lanes that begin together are in step through games of one length, and a rollout would
+        # hold one part of the game alone: each round one lane begins anew, until all have.
+        lane = (step - log.first_step) // (T * N)
+        if lane < N:
+            obs, info = envs.reset(options={"reset_mask": np.arange(N) == lane})
+            frame, returns[lane] = info["episode_frame_number"], 0  # a game cut off has no score
 
         # Play T steps on N lanes.
         explored = step / max(args.explore * args.steps, 1)

@@ -62,7 +62,7 @@ def bare_emulator(games, lanes):
 
 
 def bare_network(args, batch, learning, autocast, optimizer=torch.optim.RAdam, parts=1):
-    """Observations per second of a stage's network, acting on a batch or learning from `parts`."""
+    """Observations per second, acting on a batch or learning from `parts` batches per update."""
     net = AtariNet(args.channels, args.hidden).to(memory_format=torch.channels_last)
     obs = torch.randint(256, (batch, 4, 84, 84), dtype=torch.uint8)
     optimizer = optimizer(net.parameters(), lr=1e-5)

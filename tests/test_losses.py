@@ -14,7 +14,7 @@ from train_expert import (
     q_lambda_targets,
     td_loss,
 )
-from train_mimic import feature_loss, policy_loss, q_loss
+from train_mimic import feature_loss, policy_loss, q_loss, q_spread
 
 
 def test_q_lambda_targets_are_the_weighted_sum_of_n_step_returns():
@@ -180,6 +180,17 @@ def test_q_learning_reaches_the_known_values_of_a_small_world():
     torch.testing.assert_close(
         q.detach(), torch.stack([gamma * right, right], 1), atol=0.01, rtol=0
     )
+
+
+def test_q_spread_sees_legal_actions_only_and_not_what_all_share():
+    q, legal = torch.full((2, 18), 1e9), torch.zeros(18, dtype=torch.bool)
+    legal[[2, 5, 11]] = True
+    q[0, legal], q[1, legal] = torch.tensor([7.0, 7.0, 10.0]), torch.tensor([-5.0, -5.0, -8.0])
+    assert q_spread(q, legal).item() == pytest.approx(math.sqrt(2))  # both states: 3 * sqrt(2) / 3
+    policy = torch.softmax(q[:, legal] / (0.3 * q_spread(q, legal)), 1)
+    scaled = torch.softmax(50 * q[:, legal] / (0.3 * q_spread(50 * q, legal)), 1)
+    torch.testing.assert_close(policy, scaled)  # the scale of Q does not matter
+    assert q_spread(torch.zeros(2, 18), legal) > 0  # an expert that has learned nothing
 
 
 def test_student_reaches_the_policy_of_a_frozen_expert():
