@@ -1,11 +1,11 @@
-"""Stage 1 of Actor-Mimic: train an expert, a Q-network that masters one Atari game.
+"""Stage 1 of Actor-Mimic: train an expert, a Q-network that plays one Atari game.
 
 The paper's experts are DQNs. This is the same Q-learning in the form that suits today's machines
 (PQN: Gallici et al., 2025, arXiv 2407.04811): many emulators side by side feed one network,
 LayerNorm stands in for the target network, and Q(lambda) returns of the last few steps stand in
 for the replay buffer.
 
-    python train_expert.py --game pong --steps 50_000      # smoke: one minute, learns nothing yet
+    python train_expert.py --game pong --steps 50_000 --out runs/smoke  # one minute: all runs
     python train_expert.py --game pong                     # two cores: a quarter of an hour
     python train_expert.py --game pong --steps 12_500_000  # the paper's 50M frames
 
@@ -276,7 +276,7 @@ def main(args):
             next_report = (step // args.report_every + 1) * args.report_every
             row = {
                 f"{args.game}_score": common.mean(scores),
-                "max_q": values.mean().item(),
+                "max_q": values.mean().item(),  # mean over the rollout of max_a Q(s, a)
                 "td_loss": loss.item(),
                 "grad_norm": grad_norm.item(),  # before it is clipped
                 # Share of the features that are 0 on all of the last minibatch.
@@ -297,7 +297,8 @@ def main(args):
             text = "score {:.1f}  max Q {max_q:.2f}  TD {td_loss:.4f}"
             log.line(step, args.steps, text.format(common.mean(scores), **row))
             if stop and step < args.steps:
-                return print(f"saved; the same command goes on from step {step:,}")
+                print(f"saved; the same command goes on from step {step:,}")
+                raise SystemExit(130)  # ended by Ctrl-C: what follows it after && does not start
 
     print(f"done: score {common.mean(scores):.1f} in the last {len(scores)} games; {out}/expert.pt")
 

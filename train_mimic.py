@@ -5,8 +5,8 @@ game's expert says how good every action is (Q-values). A softmax turns this int
 the student learns to hold the same policy (policy regression) and, if wanted, features from which
 the expert's can be read off (feature regression).
 
-    python train_mimic.py --steps 10_000      # smoke: two minutes
-    python train_mimic.py                     # all of experts/: half an hour on two cores
+    python train_mimic.py --steps 10_000 --out runs/smoke  # two minutes
+    python train_mimic.py                     # all of experts/: a quarter of an hour on two cores
     python train_mimic.py --steps 25_000_000  # the paper's length
 
 Output: runs/mimic/ with checkpoint.pt (the same command goes on from it) and log.csv.
@@ -36,8 +36,8 @@ class Args:
     out: str = "runs/mimic"  # folder of the run
     channels: tuple = (32, 64, 64)  # convolutions: kernels 8, 4, 3, 3 with strides 4, 2, 1, 1
     hidden: tuple = (512,)  # fully connected layers
-    objective: str = "policy"  # policy, or q: regression on Q-values, the way not taken
-    temperature: float = 0.3  # of the experts' softmax, times their Q-values' spread (paper: 1)
+    objective: str = "policy"  # policy, or q: squared error on Q-values, to compare
+    temperature: float = 0.3  # of the experts' softmax, in spreads of their Q-values
     feature_weight: float = 0.01  # of feature regression; 0 switches it off (paper: 0, and 0.01)
     actor: str = "student"  # who plays: student or expert
     epsilon: float = 0.1  # share of random actions of whoever plays
@@ -183,7 +183,7 @@ class FrameReplay:
 
     def __init__(self, steps, lanes, features):
         self.frames = torch.zeros((steps, lanes, 84, 84), dtype=torch.uint8)
-        self.age = torch.zeros((steps, lanes), dtype=torch.int64)  # earlier frames, to 3
+        self.age = torch.zeros((steps, lanes), dtype=torch.int64)  # earlier frames, at most 3
         self.q_values = torch.zeros((steps, lanes, 18))
         self.features = torch.zeros((steps, lanes, features), dtype=torch.half)
         self.added = 0  # steps so far; step i lies in slot i % steps
@@ -291,13 +291,13 @@ def main(args):
                 scores[g].extend(returns[g, game_over].tolist())
                 returns[g, game_over] = 0
 
-        # The student learns to agree with them. Every update holds as much of each game.
+        # The student learns to agree with them, from equally many observations of each game.
         lr = args.lr * min(1, (args.steps - step) / max(args.decay * args.steps, 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
         for _ in range(args.updates):
             optimizer.zero_grad()
-            imitation, regression, losses, spreads, agreement = [], [], [], [], []  # of each game
+            imitation_losses, feature_losses, losses, spreads, agreement = [], [], [], [], []
             for g, mask in enumerate(masks):  # one by one: that is faster on CPUs than all at once
                 drawn = replays[g].draw(args.minibatch, rng)
                 batch_obs, expert_q, expert_features = (tensor.to(device) for tensor in drawn)
@@ -307,12 +307,13 @@ def main(args):
                 spreads.append(q_spread(expert_q, mask))
                 if args.objective == "policy":
                     temperature = args.temperature * spreads[g]
-                    imitation.append(policy_loss(logits, expert_q, mask, temperature))
+                    imitation_losses.append(policy_loss(logits, expert_q, mask, temperature))
                 else:
-                    imitation.append(q_loss(logits, expert_q, mask))
-                regression.append(feature_loss(predicted, expert_features))
-                losses.append(imitation[g] + args.feature_weight * regression[g])  # eq. 4
-                (losses[g] / G).backward()  # the gradients of all games add up
+                    imitation_losses.append(q_loss(logits, expert_q, mask))
+                feature_losses.append(feature_loss(predicted, expert_features))
+                loss = imitation_losses[g] + args.feature_weight * feature_losses[g]  # eq. 4
+                losses.append(loss)
+                (loss / G).backward()  # adds to the gradient of the mean over games
                 same = logits[:, mask].argmax(1) == expert_q[:, mask].argmax(1)
                 agreement.append(same.float().mean())
             optimizer.step()
@@ -332,8 +333,8 @@ def main(args):
                     f"{game}_percent": 100 * recent / goal if goal > 0 else math.nan,
                     # Share of the last minibatch on which both prefer the same action.
                     f"{game}_agreement": agreement[g].item(),
-                    f"{game}_{args.objective}_loss": imitation[g].item(),
-                    f"{game}_feature_loss": regression[g].item(),
+                    f"{game}_{args.objective}_loss": imitation_losses[g].item(),
+                    f"{game}_feature_loss": feature_losses[g].item(),
                     f"{game}_spread": spreads[g].item(),
                 }
             common.save_checkpoint(
@@ -357,7 +358,8 @@ def main(args):
             percents = "  ".join(f"{game} {row[f'{game}_percent']:.0f} %" for game in games)
             log.line(step, args.steps, f"loss {sum(losses).item() / G:.3f}  {percents}")
             if stop and step < args.steps:
-                return print(f"saved; the same command goes on from step {step:,}")
+                print(f"saved; the same command goes on from step {step:,}")
+                raise SystemExit(130)  # ended by Ctrl-C: what follows it after && does not start
 
     print(f"done: {out}/checkpoint.pt; python evaluate.py --runs {out} measures it")
 

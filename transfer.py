@@ -4,7 +4,7 @@ Section 3.4 of the paper. This is train_expert.py to the letter, but for the fir
 of the mimic, or in the control random ones. Both arms have the mimic's widths, and the same flags
 and seeds, so where learning starts is the only difference.
 
-    python transfer.py --game star_gunner --steps 50_000  # smoke: one minute
+    python transfer.py --steps 50_000 --out runs/smoke    # one minute: all runs
     python transfer.py --game star_gunner                 # two cores: 20 minutes
     python transfer.py --game star_gunner --arm control   # what it is measured against
 
@@ -288,7 +288,7 @@ def main(args):
             next_report = (step // args.report_every + 1) * args.report_every
             row = {
                 f"{args.game}_score": common.mean(scores),
-                "max_q": values.mean().item(),
+                "max_q": values.mean().item(),  # mean over the rollout of max_a Q(s, a)
                 "td_loss": loss.item(),
                 "grad_norm": grad_norm.item(),  # before it is clipped
                 # Share of the features that are 0 on all of the last minibatch.
@@ -309,7 +309,8 @@ def main(args):
             text = "score {:.1f}  max Q {max_q:.2f}  TD {td_loss:.4f}"
             log.line(step, args.steps, text.format(common.mean(scores), **row))
             if stop and step < args.steps:
-                return print(f"saved; the same command goes on from step {step:,}")
+                print(f"saved; the same command goes on from step {step:,}")
+                raise SystemExit(130)  # ended by Ctrl-C: what follows it after && does not start
 
     print(f"done: score {common.mean(scores):.1f} in the last {len(scores)} games; {out}/expert.pt")
 

@@ -334,7 +334,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(copy, command):
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[0]
     assert (
-        process.returncode == 0
+        process.returncode == 130
         and "the same command goes on from step" in said
         and "Traceback" not in said
     )
