@@ -60,7 +60,7 @@ class Args:
         common.require_positive(self, "rollout", "updates", "minibatch", "lr", "report_every")
         common.require_shares(self, "epsilon", "decay")
         common.require_range(self, 1, 10_000, "lanes")
-        common.require_range(self, 0, 1, "lr")
+        common.require_range(self, 0, 1e30, "lr")  # beyond it torch itself overflows
         common.require(self.out, "--out must name a folder")
         common.require_range(self, 0, 2**31 - 1, "seed", "feature_weight")
         enough = self.replay >= 4 * self.lanes
