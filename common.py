@@ -341,14 +341,14 @@ class Log:
 
     A continued run first drops what was written after its checkpoint, so that every step stands
     in the log once. `saved` is that checkpoint, or None. Raises UserError if another process writes
-    to the folder.
+    to the folder: whoever does holds its empty file `lock`.
     """
 
     def __init__(self, folder, saved):
         self.path, self.started = Path(folder) / "log.csv", time.time()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if fcntl:
-            self.lock = open(self.path.parent / "lock", "w")  # until this process ends
+            self.lock = open(self.path.parent / "lock", "w")  # held to the end of the process
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -5,7 +5,7 @@ The paper's experts are DQNs. This is the same Q-learning in the form that suits
 LayerNorm stands in for the target network, and Q(lambda) returns of the last few steps stand in
 for the replay buffer.
 
-    python train_expert.py --game pong --steps 50_000 --out runs/smoke  # one minute: all runs
+    python train_expert.py --game pong --steps 50_000 --out runs/smoke  # one minute, to see it run
     python train_expert.py --game pong                     # two cores: a quarter of an hour
     python train_expert.py --game pong --steps 12_500_000  # the paper's 50M frames
 

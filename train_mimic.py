@@ -37,7 +37,7 @@ class Args:
     channels: tuple = (32, 64, 64)  # convolutions: kernels 8, 4, 3, 3 with strides 4, 2, 1, 1
     hidden: tuple = (512,)  # fully connected layers
     objective: str = "policy"  # policy, or q: squared error on Q-values, to compare
-    temperature: float = 0.3  # of the experts' softmax, in spreads of their Q-values
+    temperature: float = 0.3  # of the experts' softmax, times q_spread of their Q-values (paper: 1)
     feature_weight: float = 0.01  # of feature regression; 0 switches it off (paper: 0, and 0.01)
     actor: str = "student"  # who plays: student or expert
     epsilon: float = 0.1  # share of random actions of whoever plays
@@ -297,6 +297,7 @@ def main(args):
             group["lr"] = lr
         for _ in range(args.updates):
             optimizer.zero_grad()
+            # One entry for each game.
             imitation_losses, feature_losses, losses, spreads, agreement = [], [], [], [], []
             for g, mask in enumerate(masks):  # one by one: that is faster on CPUs than all at once
                 drawn = replays[g].draw(args.minibatch, rng)

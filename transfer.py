@@ -4,7 +4,7 @@ Section 3.4 of the paper. This is train_expert.py to the letter, but for the fir
 of the mimic, or in the control random ones. Both arms have the mimic's widths, and the same flags
 and seeds, so where learning starts is the only difference.
 
-    python transfer.py --steps 50_000 --out runs/smoke    # one minute: all runs
+    python transfer.py --steps 50_000 --out runs/smoke    # one minute, to see it run
     python transfer.py --game star_gunner                 # two cores: 20 minutes
     python transfer.py --game star_gunner --arm control   # what it is measured against
 

@@ -77,7 +77,7 @@ def test_pictures_and_scores_equal_a_slow_pipeline_on_raw_frames(game, fire):
 
 def test_a_lane_that_is_restarted_leaves_the_others_alone():
     envs, restart = make_envs("boxing", 3), np.array([False, True, False])
-    first, info = envs.reset(seed=np.array([1, 2, 3]))
+    envs.reset(seed=np.array([1, 2, 3]))
     for _ in range(10):
         before, _, _, _, info = envs.step(np.zeros(3, int))
     obs, new_info = envs.reset(options={"reset_mask": restart})

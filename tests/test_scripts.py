@@ -310,6 +310,25 @@ def test_stop_and_continue_equals_never_stopped_on_the_same_data(tmp_path):
     assert same(straight[0].state_dict(), continued[0].state_dict())
 
 
+@pytest.mark.parametrize("name", ["train_expert", "transfer"])
+def test_one_lane_after_the_other_begins_anew(copy, monkeypatch, name):
+    script, options = importlib.import_module(name), []
+    reset = script.AtariVectorEnv.reset
+
+    def spy(envs, **flags):
+        options.append(flags.get("options"))
+        return reset(envs, **flags)
+
+    monkeypatch.setattr(script.AtariVectorEnv, "reset", spy)
+    monkeypatch.setattr(script.common, "Stop", lambda: False)  # leaves pytest's Ctrl-C alone
+    source = {"mimic": str(copy / "runs/mimic")} if name == "transfer" else {"channels": (4,)}
+    flags = {"lanes": 3, "rollout": 4, "minibatch": 4, "steps": 60, "device": "cpu", **source}
+    script.main(script.Args(game="breakout", out=str(copy / "runs/new"), **flags))
+    assert options[0] is None  # the start of all lanes; then three of the five rounds
+    masks = [option["reset_mask"].tolist() for option in options[1:]]
+    assert masks == torch.eye(3, dtype=torch.bool).tolist()
+
+
 def start(folder, command, lines):
     """Start a long run, and wait until its log has some lines."""
     process = subprocess.Popen(
