@@ -203,11 +203,13 @@ def main(args):
             args,
             stage="expert",
             games=[args.game],
+            legal=legal.nonzero().flatten().tolist(),
             step=step,
             minutes=log.minutes(),
             net_args=net_args,
             score=common.mean(scores),
             scores=list(scores),
+            max_q=values.mean().item(),
             **more,
         )
 
@@ -260,8 +262,10 @@ def main(args):
             group["lr"] = lr
         for _ in range(args.epochs):
             for batch in torch.randperm(T * N, generator=rng).split(args.minibatch):
+                # Ten times as fast on a CPU as indexing with [batch].
+                obs_batch = obs_buffer.flatten(0, 1).index_select(0, batch.to(device))
                 with autocast:
-                    q_values, features = net(obs_buffer.flatten(0, 1)[batch])
+                    q_values, features = net(obs_batch)
                 chosen, wanted = actions.flatten()[batch].to(device), targets[batch].to(device)
                 loss = td_loss(q_values, chosen, wanted)
                 optimizer.zero_grad()

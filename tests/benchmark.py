@@ -2,6 +2,7 @@
 
     python tests/benchmark.py                # all three stages, about seven minutes
     python tests/benchmark.py transfer       # one of: expert, mimic, transfer
+    python tests/benchmark.py mimic 2        # the mimic of the first 2 experts (without: of all)
 
 First the bare figures: the emulator with random actions, the network acting, the network learning,
 nothing else going on, with the lanes and minibatches of the stage's own recipe. Together they give
@@ -131,11 +132,11 @@ def run_stage(stage, module, **flags):
     return STEPS[stage] / total
 
 
-def main(stage):
+def main(stage, count=None):
     common.keep_freed_memory()
     autocast = common.pick_autocast("auto", torch.device("cpu"))
     print(f"{stage}: {common.machine()}, {torch.get_num_threads()} threads")
-    experts = sorted((ROOT / "experts").glob("*.pt"))
+    experts = sorted((ROOT / "experts").glob("*.pt"))[:count]
     if stage == "mimic":
         args, expert = train_mimic.Args(), train_expert.Args()
         games = [path.stem for path in experts]
@@ -174,7 +175,7 @@ def main(stage):
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        main(sys.argv[1])
+        main(sys.argv[1], *map(int, sys.argv[2:]))
     else:
         for stage in STEPS:
             subprocess.run([sys.executable, __file__, stage], check=True)

@@ -127,8 +127,10 @@ def test_experts_hand_over_their_weights(studio):
         assert small["net"][name].dtype == torch.half
         torch.testing.assert_close(small["net"][name].float(), weight, atol=1e-3, rtol=1e-3)
     assert small["command"] and small["machine"] and small["minutes"] > 0
+    assert small["legal"] == [0, 1, 3, 4, 11, 12]  # no-op, fire, right, left, and both firing
     log = rows(studio / "runs/expert-pong/log.csv")
     assert [int(row["step"]) for row in log] == [32, 64, 128, 192, 256, 320]
+    assert small["max_q"] == pytest.approx(float(log[-1]["max_q"]), rel=1e-4)
     assert float(log[0]["epsilon"]) > float(log[-1]["epsilon"]) and float(log[-1]["lr"]) < float(
         log[0]["lr"]
     )
