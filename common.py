@@ -154,11 +154,12 @@ def run(main, cls):
     except OSError as error:  # a full disk, a folder that may not be written
         message = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("memory|Storage size", str(error)):
             raise
         message = "not enough memory: try fewer --lanes or smaller networks, rollouts or replays"
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     else:
         return
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -362,7 +363,7 @@ class Log:
         self.first_step = saved["step"] if saved else 0
         self.minutes_before = saved["minutes"] if saved else 0.0
         if self.path.exists():
-            header, *rows = self.path.read_text().splitlines(keepends=True) or [""]
+            header, *rows = self.path.read_text(errors="replace").splitlines(keepends=True) or [""]
             rows = [row for row in rows if row.endswith("\n")]  # not cut off by a crash
             steps = [row.split(",")[0] for row in rows]
             kept = [r for r, s in zip(rows, steps) if s.isdigit() and int(s) <= self.first_step]
