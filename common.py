@@ -14,8 +14,8 @@ A checkpoint is one plain dict, written by `torch.save` and read with `weights_o
     optimizer   its state_dict (not in an expert that ships)
     rng         state of the generator that explores and draws (not in an expert that ships)
     score       mean score of the last finished games, and `scores`, each of them (mimic: per game)
-    legal       the game's legal actions, of ALE's 18 (not in a mimic)
-    max_q       mean over the last rollout of max_a Q(s, a): the scale of Q (not in a mimic)
+    legal       the game's legal actions, of 18 (not in a mimic, nor in the experts of experts/)
+    max_q       mean over the last rollout of max_a Q(s, a) (missing where legal is)
     regressors  mimic: state_dict of the linear maps of feature regression
     experts     mimic: paths of its experts, and `marks`, step and minutes of each
 """
