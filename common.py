@@ -21,6 +21,7 @@ A checkpoint is one plain dict, written by `torch.save` and read with `weights_o
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import dataclasses
@@ -33,6 +34,7 @@ import re
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -43,6 +45,7 @@ except ImportError:  # Windows: two runs in one folder are not noticed
     fcntl = None
 
 FORMAT = "actor-mimic-1"
+NEEDED = {"games", "step", "minutes", "args", "net_args", "net", "score"}  # in every checkpoint
 
 
 class UserError(Exception):
@@ -225,13 +228,33 @@ def plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """Give the name of a file to write beside path; it becomes path once it is written to the end.
+
+    A crash or a full disk leaves the old file or the new one, never half of one. Raises UserError
+    if it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"tmp-{path.name}")  # same ending: it may tell the format
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's is a RuntimeError
+        raise UserError(f"could not write {path} ({error}); an old one is untouched") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_checkpoint(path, args, **contents):
-    """Write a checkpoint beside path, then rename: a crash leaves the old file or the new one.
+    """Write a checkpoint, whole or not at all.
 
     contents: as the module's docstring says; format, args, command and machine are added here.
-    Raises UserError if it cannot be written.
+    Raises UserError if it cannot be written, or if a weight is infinite or nan.
     """
-    path, temporary = Path(path), Path(f"{path}.tmp")
+    if not all(weight.isfinite().all() for weight in contents["net"].values()):
+        raise UserError(f"the weights are not finite: try a smaller --lr; {path} is not written")
     checkpoint = {
         "format": FORMAT,
         "args": plain(dataclasses.asdict(args)),
@@ -239,16 +262,10 @@ def save_checkpoint(path, args, **contents):
         "machine": machine(),
         **contents,
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"could not write {path} ({error}); the old one is untouched") from None
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_checkpoint(path, stages):
@@ -263,6 +280,8 @@ def load_checkpoint(path, stages):
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
+        if zipfile.ZipFile(path).testzip():  # checksums, which torch does not look at
+            raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # on noise the unpickler may fail in any way
         raise UserError(f"{path} is damaged, or not a checkpoint of this project") from None
@@ -271,6 +290,8 @@ def load_checkpoint(path, stages):
     if checkpoint.get("stage") not in stages:
         stage = checkpoint.get("stage")
         raise UserError(f"{path} is of stage {stage}; needed here: {' or '.join(stages)}")
+    if missing := NEEDED - checkpoint.keys():
+        raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     return checkpoint
 
 
@@ -332,7 +353,7 @@ def check_finite(loss, step, folder):
     if not torch.isfinite(loss):
         raise UserError(
             f"the loss is not finite at step {step:,}: try a smaller --lr and another --out; "
-            f"the last good weights stay in {folder}"
+            f"what {folder} holds is from before"
         )
 
 
@@ -351,7 +372,7 @@ class Log:
         self.path, self.started = Path(folder) / "log.csv", time.time()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if fcntl:
-            self.lock = open(self.path.parent / "lock", "w")  # held to the end of the process
+            self.lock = open(self.path.parent / "lock", "a")  # held to the end of the process
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -363,13 +384,14 @@ class Log:
         self.first_step = saved["step"] if saved else 0
         self.minutes_before = saved["minutes"] if saved else 0.0
         if self.path.exists():
-            header, *rows = self.path.read_text(errors="replace").splitlines(keepends=True) or [""]
-            rows = [row for row in rows if row.endswith("\n")]  # not cut off by a crash
-            steps = [row.split(",")[0] for row in rows]
-            kept = [r for r, s in zip(rows, steps) if s.isdigit() and int(s) <= self.first_step]
-            temporary = Path(f"{self.path}.tmp")
-            temporary.write_text("".join([header, *kept]))
-            os.replace(temporary, self.path)
+            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+            whole_lines = [line for line in lines if line.endswith("\n")]  # not cut off by a crash
+            if whole_lines and not whole_lines[0].startswith("step,"):
+                raise UserError(f"{self.path} is not a log of this project; move it away")
+            rows = [row for row in whole_lines[1:] if re.match("[0-9]{1,18},", row)]
+            kept = [row for row in rows if int(row.split(",")[0]) <= self.first_step]
+            with whole_file(self.path) as temporary:
+                temporary.write_text("".join(whole_lines[:1] + kept))
 
     def minutes(self):
         """Return the run's wall time so far, in minutes, earlier stretches included."""

@@ -9,7 +9,9 @@ A score is the raw return of a whole game, played with epsilon 0.05 after 0 to 2
     python evaluate.py --runs runs/mimic --games 1 --gif --name film  # a film of all its games
 
 Output: the table, also as results/table.csv; bars in table.png, learning curves in
-table-curves.png, the film in table.gif. --out and --name choose another folder and another name.
+table-curves.png, the film in table.gif, and of several networks of several games one median each in
+table-medians.png. --out and --name choose another folder and another name. Networks and logs whose
+names differ only in -s<seed> are seeds of one thing: their intervals hold the seeds as well.
 """
 
 import csv
@@ -17,6 +19,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,17 +207,22 @@ def interquartile_mean(values):
     return values[cut : len(values) - cut].mean()
 
 
-def bootstrap(scores, statistic, resamples=2_000):
-    """Return a statistic and the two ends of its 95 % interval, by a stratified bootstrap.
+def resample(scores, rng):
+    """Draw seeds, and plays of each, with replacement, in each game: (games, seeds, plays)."""
+    games, seeds, plays = scores.shape
+    seed = rng.integers(seeds, size=(games, seeds, 1))
+    play = rng.integers(plays, size=scores.shape)
+    return scores[np.arange(games)[:, None, None], seed, play]
 
-    scores: (games, plays), resampled within each game; statistic: such an array -> float.
+
+def bootstrap(statistic, *scores, resamples=2_000):
+    """Return statistic(*scores) and the two ends of its 95 % interval, by a stratified bootstrap.
+
+    scores: arrays of (games, seeds, plays); statistic: such arrays -> float.
     """
-    rng, plays = np.random.default_rng(0), scores.shape[1]
-    draws = [
-        statistic(np.take_along_axis(scores, rng.integers(plays, size=scores.shape), 1))
-        for _ in range(resamples)
-    ]
-    return statistic(scores), *np.percentile(draws, [2.5, 97.5])
+    rng = np.random.default_rng(0)
+    draws = [statistic(*(resample(each, rng) for each in scores)) for _ in range(resamples)]
+    return statistic(*scores), *np.percentile(draws, [2.5, 97.5])
 
 
 def load_networks(args, device):
@@ -302,63 +310,97 @@ def print_table(rows):
         print("  ".join(left + right))
 
 
+def without_seed(name):
+    """Cut the -s<seed> off the name of a run: seeds of the same thing get the same name."""
+    return re.sub(r"-s\d+(?=/|$)", "", name)
+
+
+def group_seeds(results, expert_of):
+    """Return {name: labels}: networks that differ only in -s<seed>, in their names, are one group.
+
+    They have to play the same games and to be compared with the same experts.
+    """
+    groups = {}
+    for label, by_game in results.items():
+        teachers = tuple(expert_of[label].get(game) for game in by_game)
+        groups.setdefault((without_seed(label), tuple(by_game), teachers), []).append(label)
+    return {
+        f"{key[0]} ({len(labels)} seeds)" if len(labels) > 1 else labels[0]: labels
+        for key, labels in groups.items()
+    }
+
+
 def print_summary(results, expert_of):
-    """Print, for each network of several games, its median and interquartile mean over games.
+    """Print, for each group of networks of several games, its median and interquartile mean.
 
     Scores are in per cent of the experts' mean scores, or normalised with random and human scores:
     100 * (score - random) / (human - random). The median is over the games' means, the
-    interquartile mean over all single scores. Intervals resample the games, the experts' as well.
+    interquartile mean over all single scores. Intervals resample the seeds, the games they played
+    and those of the experts. Returns {name: (median, low, high)} in per cent of the expert.
     """
-    for label, by_game in results.items():
-        own = np.stack(list(by_game.values()))  # (games, plays)
-        if len(own) < 2 or own.shape[1] < 2:
+    medians = {}
+    for name, labels in group_seeds(results, expert_of).items():
+        games, teachers = list(results[labels[0]]), expert_of[labels[0]]
+        own = np.array([[results[label][game] for label in labels] for game in games])
+        if len(games) < 2 or own.shape[2] < 2:
             continue
-        if all(game in expert_of[label] for game in by_game):
-            experts = np.stack([results[expert_of[label][game]][game] for game in by_game])
+        if all(game in teachers for game in games):
+            experts = np.array([[results[teachers[game]][game]] for game in games])
 
-            def percent(scores):  # (2 * games, plays): this network's scores, then its experts'
-                own, experts = np.split(scores, 2)
-                return 100 * own / experts.mean(1, keepdims=True)
+            def percent(own, experts):  # (games, seeds, plays), (games, 1, plays)
+                return 100 * own / experts.mean((1, 2), keepdims=True)
 
             # Percentages of an expert near 0 are nonsense: four standard errors above it, next to
             # no resample of its games has a mean of 0 or less.
-            if (experts.mean(1) > 4 * experts.std(1) / math.sqrt(experts.shape[1])).all():
-                both = np.concatenate([own, experts])
-                print_middle(f"{label}, per cent of expert", both, percent)
-        if all(game in REFERENCE for game in by_game):
-            low, high, _ = np.array([REFERENCE[game] for game in by_game]).T[:, :, None]
+            error = experts.std((1, 2)) / math.sqrt(experts.shape[2])
+            if (experts.mean((1, 2)) > 4 * error).all():
+                title = f"{name}, per cent of expert"
+                medians[name] = print_middle(title, percent, own, experts)
+                for g, game in enumerate(games if len(labels) > 1 else []):
+                    pair = own[g : g + 1], experts[g : g + 1]
+                    interval = bootstrap(lambda *pair: percent(*pair).mean(), *pair)
+                    print(f"  {game}: {show_interval(interval)}")
+        if all(game in REFERENCE for game in games):
+            low, high, _ = np.array([REFERENCE[game] for game in games]).T[:, :, None, None]
             human = 100 * (own - low) / (high - low)
-            print_middle(f"{label}, per cent of human", human, lambda scores: scores)
+            print_middle(f"{name}, per cent of human", lambda scores: scores, human)
+    return medians
 
 
-def print_middle(title, scores, percent):
-    """Print median and interquartile mean of percent(scores), each with its 95 % interval."""
-    median = bootstrap(scores, lambda scores: np.median(percent(scores).mean(1)))
-    middle = bootstrap(scores, lambda scores: interquartile_mean(percent(scores)))
-    text = "{:.1f} (95 % interval {:.1f} to {:.1f})"
-    print(f"{title}: median {text.format(*median)}, interquartile mean {text.format(*middle)}")
+def print_middle(title, percent, *scores):
+    """Print median and interquartile mean of percent(*scores), and return the median's interval."""
+    median = bootstrap(lambda *each: np.median(percent(*each).mean((1, 2))), *scores)
+    middle = bootstrap(lambda *each: interquartile_mean(percent(*each)), *scores)
+    text = f"median {show_interval(median)}, interquartile mean {show_interval(middle)}"
+    print(f"{title}: {text}")
+    return median
+
+
+def show_interval(interval):
+    """Write a value and its interval: (value, low, high) -> text."""
+    return "{:.1f} (95 % interval {:.1f} to {:.1f})".format(*interval)
 
 
 def write_csv(rows, path):
     """Write the rows, numbers to six digits."""
-    with open(path, "w", newline="") as file:
+    with common.whole_file(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(rows[0])
         for row in rows:
             writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
 
 
-def draw_bars(rows, expert_of, path):
+def draw_bars(rows, expert_of, groups, path):
     """Draw the scores of all networks that are not experts in per cent of the expert, per game.
 
-    The paper's network stands beside them, in per cent of its own experts. Without such networks,
+    groups: {name: labels of networks that become one bar, their mean}. The paper's network stands beside them, in per cent of its own experts. Without such networks,
     or without experts to compare them with, scores are in per cent of a human's.
     """
     pupils = [row for row in rows if row["network"] != expert_of[row["network"]].get(row["game"])]
     if all(row["network"] == "random" for row in pupils):
         pupils = []  # then the experts themselves are what is shown
     unit = "% human" if all(math.isnan(row["% expert"]) for row in pupils) else "% expert"
-    rows = pupils or rows
+    rows = merge_seeds(pupils or rows, groups, unit)
     games = list(dict.fromkeys(row["game"] for row in rows))
     if unit == "% expert":
         label = "paper's, of its own experts"
@@ -366,7 +408,8 @@ def draw_bars(rows, expert_of, path):
             dqn, amn = PAPER[game]
             rows.append({"network": label, "game": game, "mean": amn, unit: 100 * amn / dqn})
     labels = list(dict.fromkeys(row["network"] for row in rows))
-    figure = Figure(figsize=(4 + 1.2 * len(games), 4), layout="constrained")
+    size = max(1.2 * len(games), 0.25 * len(rows))
+    figure = Figure(figsize=(4 + size, 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / max(sum(row["game"] == game for row in rows) for game in games)
     used = dict.fromkeys(games, 0)  # bars drawn above each game so far
@@ -384,7 +427,44 @@ def draw_bars(rows, expert_of, path):
     axes.axhline(100, color="grey", linewidth=0.8)
     axes.set_ylabel(f"{unit} (above the bars: score)")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
+
+
+def merge_seeds(rows, groups, unit):
+    """Make one row of each game and group of networks, with the mean over its seeds."""
+    merged = {}
+    for name, labels in groups.items():
+        for row in [row for row in rows if row["network"] in labels]:
+            merged.setdefault((name, row["game"]), []).append(row)
+    return [
+        {
+            "network": name,
+            "game": game,
+            "mean": common.mean([row["mean"] for row in seeds]),
+            unit: common.mean([row[unit] for row in seeds]),
+        }
+        for (name, game), seeds in merged.items()
+    ]
+
+
+def draw_medians(medians, path):
+    """Draw one point with its interval for each network: {name: (median, low, high)}."""
+    figure = Figure(figsize=(7, 1 + 0.3 * len(medians)), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, (median, low, high)) in enumerate(medians.items()):
+        axes.plot([low, high], [place, place], color="C0")
+        axes.plot(median, place, "o", color="C0")
+    axes.set_yticks(range(len(medians)), medians, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(100, color="grey", linewidth=0.8)
+    axes.set_xlabel("median over games, % expert, with 95 % interval")
+    save_figure(figure, path)
+
+
+def save_figure(figure, path):
+    """Write a figure, whole or not at all."""
+    with common.whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def read_log(path):
@@ -408,7 +488,7 @@ def group_curves(paths):
     groups = {}
     for path in dict.fromkeys(Path(path).resolve() for path in paths):
         log, name = read_log(path), path.parent.name if path.stem == "log" else path.stem
-        label = re.sub(r"-s\d+$", "", name)
+        label = without_seed(name)
         for column in [column for column in log if column.endswith("_score")]:
             game = column.removesuffix("_score")
             groups.setdefault(game, {}).setdefault(label, []).append((log["step"], log[column]))
@@ -443,7 +523,7 @@ def draw_curves(groups, path):
         panel.set(title=game.replace("_", " "), xlabel="steps", ylabel="score")
         panel.legend(fontsize=8)
         panel.locator_params(nbins=5)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def record(net, game, args, device, autocast):
@@ -487,7 +567,8 @@ def write_gif(films, path):
     for panel in panels:
         panel.axis("off")
     images = [panel.imshow(pictures[0]) for panel, (pictures, _) in zip(panels, films.values())]
-    with animation.PillowWriter(fps=15).saving(figure, path, dpi=100) as writer:
+    writer = animation.PillowWriter(fps=15)
+    with common.whole_file(path) as temporary, writer.saving(figure, temporary, dpi=100):
         for t in range(len(next(iter(films.values()))[0])):
             for panel, image, (game, (pictures, scores)) in zip(panels, images, films.items()):
                 image.set_data(pictures[t])
@@ -501,6 +582,7 @@ def main(args):
     networks, expert_of = load_networks(args, device)  # mistakes show before the games, not after
     curves = group_curves(args.curves)
     out.mkdir(parents=True, exist_ok=True)
+    tempfile.NamedTemporaryFile(dir=out, prefix=args.name).close()  # may we write here?
 
     if networks:
         results = {}  # {label: {game: scores}}
@@ -511,10 +593,13 @@ def main(args):
                 results[label][game] = play(net, game, args, device, autocast)
         rows = make_rows(results, expert_of)
         print_table(rows)
-        print_summary(results, expert_of)
+        medians = print_summary(results, expert_of)
         write_csv(rows, out / f"{args.name}.csv")
-        draw_bars(rows, expert_of, out / f"{args.name}.png")
+        draw_bars(rows, expert_of, group_seeds(results, expert_of), out / f"{args.name}.png")
         print(f"wrote {out / args.name}.csv and .png")
+        if len(medians) > 1:
+            draw_medians(medians, out / f"{args.name}-medians.png")
+            print(f"wrote {out / args.name}-medians.png")
     if curves:
         draw_curves(curves, out / f"{args.name}-curves.png")
         print(f"wrote {out / args.name}-curves.png")

@@ -39,7 +39,7 @@ class Args:
     objective: str = "policy"  # policy, or q: squared error on Q-values, to compare
     temperature: float = 0.3  # of the experts' softmax, times q_spread of their Q-values (paper: 1)
     feature_weight: float = 0.01  # of feature regression; 0 switches it off (paper: 0, and 0.01)
-    actor: str = "student"  # who plays: student or expert
+    actor: str = "student"  # who plays: student, expert, or both, on half of the lanes each
     epsilon: float = 0.1  # share of random actions of whoever plays
     lanes: int = 16  # emulators of each game
     rollout: int = 16  # steps of each lane between two rounds of learning
@@ -54,7 +54,7 @@ class Args:
 
     def __post_init__(self):
         common.require_one_of("--objective", self.objective, ("policy", "q"))
-        common.require_one_of("--actor", self.actor, ("student", "expert"))
+        common.require_one_of("--actor", self.actor, ("student", "expert", "both"))
         common.require(len(self.channels) <= 4, "--channels takes at most 4 widths")
         common.require_positive(self, "steps", "channels", "hidden", "temperature")
         common.require_positive(self, "rollout", "updates", "minibatch", "lr", "report_every")
@@ -268,6 +268,8 @@ def main(args):
     obs = torch.stack([torch.from_numpy(first) for first, _ in resets])  # (G, N, 4, 84, 84)
     frame = np.stack([info["episode_frame_number"] for _, info in resets])  # (G, N)
     age, returns = torch.zeros((G, N), dtype=torch.int64), np.zeros((G, N))
+    first = {"student": N, "both": N // 2, "expert": 0}[args.actor]  # of the expert's lanes
+    expert_plays = torch.arange(N)[:, None] >= first  # (N, 1)
     stop, next_report = common.Stop(), step
 
     while step < args.steps:
@@ -280,7 +282,7 @@ def main(args):
             for g, env in enumerate(envs):
                 expert_q, expert_features = (answer.cpu() for answer in answers[g])
                 replays[g].add(obs[g], age[g], expert_q, expert_features)
-                chosen_by = student_logits[g] if args.actor == "student" else expert_q
+                chosen_by = torch.where(expert_plays, expert_q, student_logits[g])
                 env.send(act(chosen_by, legal[g], args.epsilon, rng).numpy())
             for g, env in enumerate(envs):  # all games have stepped at the same time
                 next_obs, reward, _, _, info = env.recv()

@@ -167,6 +167,7 @@ def main(stage, count=None):
             net_args = {"channels": [32, 64, 64], "hidden": [512]}
             path = Path(folder) / "mimic.pt"
             contents = {"stage": "mimic", "games": [], "net_args": net_args}
+            contents |= {"step": 0, "minutes": 0, "score": []}
             common.save_checkpoint(path, train_mimic.Args(), net=net.state_dict(), **contents)
             speed = run_stage(stage, transfer, mimic=str(path))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -156,8 +156,8 @@ def test_every_rom_has_legal_actions_within_the_full_set():
 def test_interval_and_interquartile_mean():
     assert interquartile_mean(np.array([[0, 1, 2, 100]])) == 1.5
     rng = np.random.default_rng(0)
-    scores = rng.normal(10, 2, (1, 400))
-    value, low, high = bootstrap(scores, lambda x: np.median(x.mean(1)))
+    scores = rng.normal(10, 2, (1, 1, 400))
+    value, low, high = bootstrap(np.mean, scores)
     assert value == pytest.approx(scores.mean())
     assert high - low == pytest.approx(
         2 * 1.96 * scores.std() / 20, rel=0.15
@@ -180,3 +180,22 @@ def test_intervals_hold_the_noise_of_the_experts_games_too(capsys):
 
     assert width(np.full(30, 20.0)) == 0
     assert width(20 + 10 * np.linspace(-1, 1, 30)) > 5
+
+
+def test_intervals_hold_the_seeds_too(capsys):
+    def interval(labels):
+        games = ("pong", "krull")
+        results = {
+            label: {game: np.full(30, mean) for game in games}
+            for label, mean in zip(labels, (4.0, 10.0, 16.0))
+        }
+        results["teacher"] = {game: np.full(30, 20.0) for game in games}
+        print_summary(results, {label: dict.fromkeys(games, "teacher") for label in results})
+        return capsys.readouterr().out
+
+    said = interval(["runs/mimic-s1", "runs/mimic-s2", "runs/mimic-s3"])
+    assert "runs/mimic (3 seeds), per cent of expert: median 50.0 (95 % interval " in said
+    low, high = re.search(r"  pong: 50.0 \(95 % interval ([\d.]+) to ([\d.]+)\)", said).groups()
+    assert float(low) < 35 and float(high) > 65  # the seeds have 20, 50 and 80 per cent
+    apart = interval(["runs/mimic-s1", "runs/warm-s1", "runs/cold-s1"])
+    assert "seeds" not in apart and "runs/warm-s1, per cent of expert: median 50.0" in apart

@@ -303,6 +303,11 @@ def test_stop_and_continue_equals_never_stopped_on_the_same_data(tmp_path):
         tmp_path / "c.pt",
         importlib.import_module("train_expert").Args(),
         stage="expert",
+        games=["pong"],
+        step=12,
+        minutes=0.0,
+        score=0.0,
+        net_args={},
         net=net.state_dict(),
         optimizer=optimizer.state_dict(),
         rng=rng.get_state(),
@@ -481,16 +486,21 @@ def test_evaluate_refuses(studio, flags, words):
 
 def test_damaged_and_foreign_checkpoints_are_refused(copy):
     good = (copy / "runs/mimic/checkpoint.pt").read_bytes()
+    mimic = load_checkpoint(copy / "runs/mimic", ("mimic",))
+    weight = good.index(mimic["net"]["head.weight"].numpy().tobytes()) + 7
     for name, content in (
         ("cut", good[: len(good) // 2]),
         ("empty", b""),
         ("noise", os.urandom(500)),
         ("flipped", good[:2000] + bytes(200) + good[2200:]),
+        ("one-bit", good[:weight] + bytes([good[weight] ^ 1]) + good[weight + 1 :]),
     ):
         (copy / f"{name}.pt").write_bytes(content)
         refused(copy, f"evaluate.py --runs {name}.pt", f"{name}.pt")
     torch.save({"net": {}}, copy / "foreign.pt")
     refused(copy, "evaluate.py --runs foreign.pt", "foreign.pt", "not a checkpoint of this project")
+    torch.save({k: v for k, v in mimic.items() if k != "net_args"}, copy / "part.pt")
+    refused(copy, "evaluate.py --runs part.pt", "part.pt", "lacks net_args")
 
 
 def test_checkpoint_whose_weights_do_not_fit_is_refused(copy):
@@ -544,6 +554,47 @@ def test_mimic_bears_an_expert_that_never_scored(copy):
     torch.save(load_checkpoint(path, ("expert",)) | {"score": 0.0}, path)
     run(copy, MIMIC + " --steps 64 --out runs/zero")
     assert rows(copy / "runs/zero/log.csv")[-1]["pong_percent"] == "nan"
+
+
+def test_log_that_a_crash_or_a_hand_has_spoiled(copy):
+    command, log = EXPERT + " --game pong", copy / "runs/expert-pong/log.csv"
+    good = log.read_bytes()
+    log.write_bytes(good + b"\xc2\xb2,1\n" + b"9" * 5_000 + b",1\n\xff\xfe\n")  # no whole numbers
+    run(copy, command + " --steps 352")
+    assert log.read_bytes().startswith(good)
+    assert [int(row["step"]) for row in rows(log)][-2:] == [320, 352]
+    log.write_bytes(good[:20])  # a full disk had room for half a header
+    run(copy, command + " --steps 384")
+    assert [int(row["step"]) for row in rows(log)] == [384]
+    log.write_bytes(b"my,own,notes\n1,2,3\n")
+    refused(copy, command + " --steps 416", "log.csv", "not a log")
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    args = importlib.import_module("train_expert").Args()
+    save_checkpoint(tmp_path / "c.pt", args, net={"weight": torch.ones(2)})
+    good = (tmp_path / "c.pt").read_bytes()
+    for weight in (torch.tensor([1.0, torch.nan]), torch.tensor([1e6]).half()):
+        with pytest.raises(UserError, match="not finite"):
+            save_checkpoint(tmp_path / "c.pt", args, net={"weight": weight})
+    assert contents(tmp_path) == {tmp_path / "c.pt": good}
+
+
+def test_evaluate_finds_out_before_the_games_that_it_may_not_write(copy):
+    command = "evaluate.py --runs runs/mimic --games 1 --device cpu"
+    done = call(copy, f"{command} --name {'x' * 250}")
+    assert done.returncode == 2 and "plays" not in done.stdout and "Traceback" not in done.stderr
+
+
+def test_full_disk_keeps_the_old_table(copy):
+    command = "evaluate.py --curves runs/mimic/log.csv"
+    run(copy, command)
+    refused(
+        copy,
+        command,
+        "results",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)),
+    )
 
 
 def test_full_disk_is_one_line_and_keeps_the_old_checkpoint(copy):
