@@ -56,9 +56,9 @@ class UserError(Exception):
 
 
 def whole(text):
-    """Read 10000000, 10_000_000 and 1e7 alike as an int; raises ValueError on 1.5 or a word."""
+    """Read 10000000, 10_000_000 and 1e7 alike as an int; ValueError on 1.5, 1e30 or a word."""
     value = float(text)
-    if not value.is_integer():
+    if not value.is_integer() or abs(value) > 1e15:
         raise ValueError(text)
     return int(value)
 

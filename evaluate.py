@@ -393,8 +393,9 @@ def write_csv(rows, path):
 def draw_bars(rows, expert_of, groups, path):
     """Draw the scores of all networks that are not experts in per cent of the expert, per game.
 
-    groups: {name: labels of networks that become one bar, their mean}. The paper's network stands beside them, in per cent of its own experts. Without such networks,
-    or without experts to compare them with, scores are in per cent of a human's.
+    groups: {name: labels of networks that become one bar, their mean}. The paper's network stands
+    beside them, in per cent of its own experts. Without such networks, or without experts to
+    compare them with, scores are in per cent of a human's.
     """
     pupils = [row for row in rows if row["network"] != expert_of[row["network"]].get(row["game"])]
     if all(row["network"] == "random" for row in pupils):
@@ -481,8 +482,9 @@ def read_log(path):
 
 
 def group_curves(paths):
-    """Read logs as {game: {label: [(steps, scores), ...]}}, with one label for all seeds of a run.
+    """Read logs as {game: {label: [(steps, scores, goal), ...]}}, with one label for all seeds.
 
+    goal is the training score of a mimic's expert, and nan in the logs of other stages.
     A run is named by its folder, or its file: expert-<game>, mimic, transfer-<game>-<arm>-s<seed>.
     """
     groups = {}
@@ -491,7 +493,11 @@ def group_curves(paths):
         label = without_seed(name)
         for column in [column for column in log if column.endswith("_score")]:
             game = column.removesuffix("_score")
-            groups.setdefault(game, {}).setdefault(label, []).append((log["step"], log[column]))
+            percent = log.get(f"{game}_percent", np.zeros(len(log[column])))
+            known = percent > 0
+            goal = 100 * log[column][known][-1] / percent[known][-1] if known.any() else math.nan
+            curve = log["step"], log[column], goal
+            groups.setdefault(game, {}).setdefault(label, []).append(curve)
     return groups
 
 
@@ -508,8 +514,8 @@ def draw_curves(groups, path):
         panel.axis("off")
     for panel, (game, curves) in zip(panels, groups.items()):
         for label, seeds in curves.items():
-            steps = max((steps for steps, _ in seeds), key=len)
-            scores = np.stack([np.interp(steps, *seed, right=np.nan) for seed in seeds])
+            steps = max((steps for steps, _, _ in seeds), key=len)
+            scores = np.stack([np.interp(steps, x, y, right=np.nan) for x, y, _ in seeds])
             name = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
             (line,) = panel.plot(steps, scores.mean(0), label=name)
             if len(seeds) > 1:
@@ -517,7 +523,11 @@ def draw_curves(groups, path):
                 half = t * scores.std(0, ddof=1) / math.sqrt(len(seeds))
                 low, high = scores.mean(0) - half, scores.mean(0) + half
                 panel.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
-        if game in PAPER:
+        goals = {goal for seeds in curves.values() for _, _, goal in seeds if not math.isnan(goal)}
+        if goals:
+            label = "its expert, in training"
+            panel.axhline(max(goals), color="grey", linestyle="dotted", label=label)
+        elif game in PAPER:
             label = "paper's expert, at its end"
             panel.axhline(PAPER[game][0], color="grey", linestyle="dashed", label=label)
         panel.set(title=game.replace("_", " "), xlabel="steps", ylabel="score")

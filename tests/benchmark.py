@@ -1,14 +1,15 @@
 """Measure the speed of the three training stages against what this machine could do at best.
 
-    python tests/benchmark.py                # all three stages, about seven minutes
-    python tests/benchmark.py transfer       # one of: expert, mimic, transfer
+    python tests/benchmark.py                # all of them, about eight minutes
+    python tests/benchmark.py transfer       # one of: expert, mimic, transfer, dqn
     python tests/benchmark.py mimic 2        # the mimic of the first 2 experts (without: of all)
 
 First the bare figures: the emulator with random actions, the network acting, the network learning,
 nothing else going on, with the lanes and minibatches of the stage's own recipe. Together they give
 the steps/s that a loop without any overhead would reach. Then the stage itself, with the share of
 its time in each part, and its ratio to that limit. Each stage runs in a process of its own, so
-that the memory is its own as well.
+that the memory is its own as well. `dqn` is what the experts' stage is compared with: the replay
+DQN that many single-file codes share.
 """
 
 import contextlib
@@ -132,10 +133,56 @@ def run_stage(stage, module, **flags):
     return STEPS[stage] / total
 
 
+def replay_dqn():
+    """Print the steps/s of replay DQN: one lane, 32 observations every 4 steps, Adam 1e-4, float32.
+
+    The network is Nature's, the replay holds frames. It is filled with 20,000 steps here, where it
+    would hold a million: what more memory costs in time is not in the figure.
+    """
+    Conv, Linear, ReLU = torch.nn.Conv2d, torch.nn.Linear, torch.nn.ReLU
+
+    def make_network():
+        convolutions = (Conv(4, 32, 8, 4), ReLU(), Conv(32, 64, 4, 2), ReLU(), Conv(64, 64, 3))
+        head = (ReLU(), torch.nn.Flatten(), Linear(3136, 512), ReLU(), Linear(512, 18))
+        return torch.nn.Sequential(*convolutions, *head)
+
+    net, target = make_network(), make_network()
+    optimizer, rng = torch.optim.Adam(net.parameters(), lr=1e-4), torch.Generator().manual_seed(0)
+    envs, legal = make_envs("pong", 1), legal_actions("pong")
+    replay, age = train_mimic.FrameReplay(20_000, 1, 1), torch.full((1,), 3)
+    obs = torch.from_numpy(envs.reset(seed=1)[0])
+
+    def step(epsilon=0.1):
+        nonlocal obs
+        with torch.inference_mode():
+            action = act(net(obs / 255), legal, epsilon, rng)
+        replay.add(obs, age, torch.zeros(1, 18), torch.zeros(1, 1))
+        obs = torch.from_numpy(envs.step(action.numpy())[0])
+
+    def four_steps():
+        for _ in range(4):
+            step()
+        (now, _, _), (following, _, _) = replay.draw(32, rng), replay.draw(32, rng)
+        with torch.no_grad():
+            goal = 0.99 * target(following / 255).amax(1)
+        loss = train_expert.td_loss(net(now / 255), torch.zeros(32, dtype=torch.int64), goal)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    while replay.added < 20_000:
+        step(epsilon=1.0)
+    speed = rate(four_steps, 4)
+    hours = 3.2e6 / speed / 3600
+    print(f"  {speed:,.0f} steps/s: {hours:.1f} hours to the 3.2M steps at which it has 18 in Pong")
+
+
 def main(stage, count=None):
     common.keep_freed_memory()
     autocast = common.pick_autocast("auto", torch.device("cpu"))
     print(f"{stage}: {common.machine()}, {torch.get_num_threads()} threads")
+    if stage == "dqn":
+        return replay_dqn()
     experts = sorted((ROOT / "experts").glob("*.pt"))[:count]
     if stage == "mimic":
         args, expert = train_mimic.Args(), train_expert.Args()
@@ -178,5 +225,5 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         main(sys.argv[1], *map(int, sys.argv[2:]))
     else:
-        for stage in STEPS:
+        for stage in (*STEPS, "dqn"):
             subprocess.run([sys.executable, __file__, stage], check=True)

@@ -159,6 +159,17 @@ def test_ideas_of_the_mimic_can_be_switched(copy, flags):
     assert not same(one, other)
 
 
+def test_the_readme_shows_one_picture_under_the_mask_of_each_game(copy):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    (copy / "masks.py").write_text(code + "    print(logits.tolist())\n")
+    pong, first, boxing, second = run(copy, "masks.py").splitlines()
+    assert first == second and pong.startswith("pong ") and boxing.startswith("boxing ")
+    scores = ast.literal_eval(first)[0]
+    legal = load_checkpoint(copy / "runs/expert-pong/expert.pt", ("expert",))["legal"]
+    assert int(pong.split()[1]) == max(legal, key=lambda action: scores[action])
+    assert int(boxing.split()[1]) == max(range(18), key=lambda action: scores[action])
+
+
 def test_feature_weight_zero_leaves_the_regressors_alone(copy):
     torch.manual_seed(1)
     run(copy, MIMIC.replace("--steps 320", "--steps 32") + " --out runs/a --feature-weight 0")
@@ -408,6 +419,7 @@ def test_kill_at_any_moment_loses_no_file(copy):
         ("--game combat", ["combat"]),
         ("--steps 0", ["--steps"]),
         ("--rollout 1e12", ["memory"]),
+        ("--rollout 1e30", ["--rollout"]),
         ("--lanes -1", ["--lanes"]),
         ("--minibatch 33", ["--minibatch"]),
         ("--epsilon 1.5", ["--epsilon"]),
