@@ -306,14 +306,18 @@ def load_weights(net, checkpoint, path):
 def load_state(checkpoint, net, optimizer, rng, path):
     """Put a checkpoint's weights, optimizer and random generator back, in place.
 
-    Raises UserError, naming path, if they do not fit, or if it holds weights only.
+    An expert.pt holds weights alone: with them, optimizer and generator begin anew. Raises
+    UserError, naming path, if something does not fit.
     """
     load_weights(net, checkpoint, path)
+    if "optimizer" not in checkpoint:
+        print(f"{path} holds weights alone: the optimizer begins anew")
+        return
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng.set_state(checkpoint["rng"])
     except (RuntimeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} holds weights only and cannot go on; name another --out") from None
+        raise UserError(f"the optimizer's state in {path} is damaged; name another --out") from None
 
 
 def open_run(folder, stage, args, may_change=("out", "steps", "device", "precision")):
