@@ -27,6 +27,7 @@ import ctypes
 import dataclasses
 import difflib
 import inspect
+import io
 import math
 import os
 import platform
@@ -45,7 +46,8 @@ except ImportError:  # Windows: two runs in one folder are not noticed
     fcntl = None
 
 FORMAT = "actor-mimic-1"
-NEEDED = {"games", "step", "minutes", "args", "net_args", "net", "score"}  # in every checkpoint
+NEEDED = {"games", "step", "minutes", "args", "net_args", "net", "score", "scores"}
+NEEDED_OF_MIMIC = {"regressors", "experts", "marks"}  # besides
 
 
 class UserError(Exception):
@@ -240,11 +242,14 @@ def whole_file(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file)  # else the power may fail between the new name and the contents
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's is a RuntimeError
+    except OSError as error:
         raise UserError(f"could not write {path} ({error}); an old one is untouched") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save_checkpoint(path, args, **contents):
@@ -262,10 +267,10 @@ def save_checkpoint(path, args, **contents):
         "machine": machine(),
         **contents,
     }
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path, stages):
@@ -290,7 +295,8 @@ def load_checkpoint(path, stages):
     if checkpoint.get("stage") not in stages:
         stage = checkpoint.get("stage")
         raise UserError(f"{path} is of stage {stage}; needed here: {' or '.join(stages)}")
-    if missing := NEEDED - checkpoint.keys():
+    needed = NEEDED | NEEDED_OF_MIMIC if checkpoint["stage"] == "mimic" else NEEDED
+    if missing := needed - checkpoint.keys():
         raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     return checkpoint
 
@@ -388,14 +394,17 @@ class Log:
         self.first_step = saved["step"] if saved else 0
         self.minutes_before = saved["minutes"] if saved else 0.0
         if self.path.exists():
-            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+            text = self.path.read_text(encoding="ascii", errors="replace")
+            lines = text.splitlines(keepends=True)
             whole_lines = [line for line in lines if line.endswith("\n")]  # not cut off by a crash
             if whole_lines and not whole_lines[0].startswith("step,"):
                 raise UserError(f"{self.path} is not a log of this project; move it away")
-            rows = [row for row in whole_lines[1:] if re.match("[0-9]{1,18},", row)]
+            rows = [
+                row for row in whole_lines[1:] if re.fullmatch("[0-9]{1,18},[-+.,0-9a-z]+\n", row)
+            ]
             kept = [row for row in rows if int(row.split(",")[0]) <= self.first_step]
             with whole_file(self.path) as temporary:
-                temporary.write_text("".join(whole_lines[:1] + kept))
+                temporary.write_text("".join(whole_lines[:1] + kept), encoding="ascii")
 
     def minutes(self):
         """Return the run's wall time so far, in minutes, earlier stretches included."""

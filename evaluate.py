@@ -11,7 +11,7 @@ A score is the raw return of a whole game, played with epsilon 0.05 after 0 to 2
 Output: the table, also as results/table.csv; bars in table.png, learning curves in
 table-curves.png, the film in table.gif, and of several networks of several games one median each in
 table-medians.png. --out and --name choose another folder and another name. Networks and logs whose
-names differ only in -s<seed> are seeds of one thing: their intervals hold the seeds as well.
+names differ only in -s<seed> are seeds of one thing, and get an interval over seeds.
 """
 
 import csv
@@ -207,22 +207,30 @@ def interquartile_mean(values):
     return values[cut : len(values) - cut].mean()
 
 
+def percent(own, base):
+    """Scores in per cent of a mean: (games, seeds, plays), (games, 1, plays) -> shape of own."""
+    return 100 * own / base.mean((1, 2), keepdims=True)
+
+
 def resample(scores, rng):
-    """Draw seeds, and plays of each, with replacement, in each game: (games, seeds, plays)."""
+    """Draw with replacement the seeds, for all games alike, and the plays of each game and seed.
+
+    (games, seeds, plays) -> the same shape.
+    """
     games, seeds, plays = scores.shape
-    seed = rng.integers(seeds, size=(games, seeds, 1))
+    seed = rng.integers(seeds, size=(1, seeds, 1))
     play = rng.integers(plays, size=scores.shape)
     return scores[np.arange(games)[:, None, None], seed, play]
 
 
-def bootstrap(statistic, *scores, resamples=2_000):
-    """Return statistic(*scores) and the two ends of its 95 % interval, by a stratified bootstrap.
+def bootstrap(statistic, own, base, resamples=2_000):
+    """Return statistic(percent(own, base)) and the two ends of its 95 % interval.
 
-    scores: arrays of (games, seeds, plays); statistic: such arrays -> float.
+    The interval is a bootstrap that resamples both. Of fewer than some ten seeds it is too narrow.
     """
     rng = np.random.default_rng(0)
-    draws = [statistic(*(resample(each, rng) for each in scores)) for _ in range(resamples)]
-    return statistic(*scores), *np.percentile(draws, [2.5, 97.5])
+    draws = [statistic(percent(resample(own, rng), resample(base, rng))) for _ in range(resamples)]
+    return statistic(percent(own, base)), *np.percentile(draws, [2.5, 97.5])
 
 
 def load_networks(args, device):
@@ -312,22 +320,19 @@ def print_table(rows):
 
 def without_seed(name):
     """Cut the -s<seed> off the name of a run: seeds of the same thing get the same name."""
-    return re.sub(r"-s\d+(?=/|$)", "", name)
+    return re.sub(r"-s\d+(?=$|[./\\])", "", name)
 
 
 def group_seeds(results, expert_of):
-    """Return {name: labels}: networks that differ only in -s<seed>, in their names, are one group.
+    """Return lists of labels: networks whose names differ only in -s<seed> are one group.
 
     They have to play the same games and to be compared with the same experts.
     """
     groups = {}
     for label, by_game in results.items():
-        teachers = tuple(expert_of[label].get(game) for game in by_game)
-        groups.setdefault((without_seed(label), tuple(by_game), teachers), []).append(label)
-    return {
-        f"{key[0]} ({len(labels)} seeds)" if len(labels) > 1 else labels[0]: labels
-        for key, labels in groups.items()
-    }
+        teachers = frozenset((game, expert_of[label].get(game)) for game in by_game)
+        groups.setdefault((without_seed(label), teachers), []).append(label)
+    return list(groups.values())
 
 
 def print_summary(results, expert_of):
@@ -336,41 +341,37 @@ def print_summary(results, expert_of):
     Scores are in per cent of the experts' mean scores, or normalised with random and human scores:
     100 * (score - random) / (human - random). The median is over the games' means, the
     interquartile mean over all single scores. Intervals resample the seeds, the games they played
-    and those of the experts. Returns {name: (median, low, high)} in per cent of the expert.
+    and those of the experts. Returns [(name, (median, low, high))], in per cent of the expert.
     """
-    medians = {}
-    for name, labels in group_seeds(results, expert_of).items():
+    medians = []
+    for labels in group_seeds(results, expert_of):
+        several = len(labels) > 1
+        name = f"{without_seed(labels[0])} ({len(labels)} seeds)" if several else labels[0]
         games, teachers = list(results[labels[0]]), expert_of[labels[0]]
         own = np.array([[results[label][game] for label in labels] for game in games])
         if len(games) < 2 or own.shape[2] < 2:
             continue
         if all(game in teachers for game in games):
             experts = np.array([[results[teachers[game]][game]] for game in games])
-
-            def percent(own, experts):  # (games, seeds, plays), (games, 1, plays)
-                return 100 * own / experts.mean((1, 2), keepdims=True)
-
             # Percentages of an expert near 0 are nonsense: four standard errors above it, next to
             # no resample of its games has a mean of 0 or less.
             error = experts.std((1, 2)) / math.sqrt(experts.shape[2])
             if (experts.mean((1, 2)) > 4 * error).all():
-                title = f"{name}, per cent of expert"
-                medians[name] = print_middle(title, percent, own, experts)
-                for g, game in enumerate(games if len(labels) > 1 else []):
-                    pair = own[g : g + 1], experts[g : g + 1]
-                    interval = bootstrap(lambda *pair: percent(*pair).mean(), *pair)
+                median = print_middle(f"{name}, per cent of expert", own, experts)
+                medians.append((name, median))
+                for g, game in enumerate(games if several else []):
+                    interval = bootstrap(np.mean, own[g : g + 1], experts[g : g + 1])
                     print(f"  {game}: {show_interval(interval)}")
         if all(game in REFERENCE for game in games):
             low, high, _ = np.array([REFERENCE[game] for game in games]).T[:, :, None, None]
-            human = 100 * (own - low) / (high - low)
-            print_middle(f"{name}, per cent of human", lambda scores: scores, human)
+            print_middle(f"{name}, per cent of human", own - low, high - low)
     return medians
 
 
-def print_middle(title, percent, *scores):
-    """Print median and interquartile mean of percent(*scores), and return the median's interval."""
-    median = bootstrap(lambda *each: np.median(percent(*each).mean((1, 2))), *scores)
-    middle = bootstrap(lambda *each: interquartile_mean(percent(*each)), *scores)
+def print_middle(title, own, base):
+    """Print median and interquartile mean of percent(own, base), and return the median's."""
+    median = bootstrap(lambda scores: np.median(scores.mean((1, 2))), own, base)
+    middle = bootstrap(interquartile_mean, own, base)
     text = f"median {show_interval(median)}, interquartile mean {show_interval(middle)}"
     print(f"{title}: {text}")
     return median
@@ -390,18 +391,17 @@ def write_csv(rows, path):
             writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
 
 
-def draw_bars(rows, expert_of, groups, path):
+def draw_bars(rows, expert_of, path):
     """Draw the scores of all networks that are not experts in per cent of the expert, per game.
 
-    groups: {name: labels of networks that become one bar, their mean}. The paper's network stands
-    beside them, in per cent of its own experts. Without such networks, or without experts to
-    compare them with, scores are in per cent of a human's.
+    The paper's network stands beside them, in per cent of its own experts. Without such networks,
+    or without experts to compare them with, scores are in per cent of a human's.
     """
     pupils = [row for row in rows if row["network"] != expert_of[row["network"]].get(row["game"])]
     if all(row["network"] == "random" for row in pupils):
         pupils = []  # then the experts themselves are what is shown
     unit = "% human" if all(math.isnan(row["% expert"]) for row in pupils) else "% expert"
-    rows = merge_seeds(pupils or rows, groups, unit)
+    rows = pupils or rows
     games = list(dict.fromkeys(row["game"] for row in rows))
     if unit == "% expert":
         label = "paper's, of its own experts"
@@ -431,31 +431,14 @@ def draw_bars(rows, expert_of, groups, path):
     save_figure(figure, path)
 
 
-def merge_seeds(rows, groups, unit):
-    """Make one row of each game and group of networks, with the mean over its seeds."""
-    merged = {}
-    for name, labels in groups.items():
-        for row in [row for row in rows if row["network"] in labels]:
-            merged.setdefault((name, row["game"]), []).append(row)
-    return [
-        {
-            "network": name,
-            "game": game,
-            "mean": common.mean([row["mean"] for row in seeds]),
-            unit: common.mean([row[unit] for row in seeds]),
-        }
-        for (name, game), seeds in merged.items()
-    ]
-
-
 def draw_medians(medians, path):
-    """Draw one point with its interval for each network: {name: (median, low, high)}."""
+    """Draw one point with its interval for each of [(name, (median, low, high))]."""
     figure = Figure(figsize=(7, 1 + 0.3 * len(medians)), layout="constrained")
     axes = figure.subplots()
-    for place, (name, (median, low, high)) in enumerate(medians.items()):
+    for place, (_, (median, low, high)) in enumerate(medians):
         axes.plot([low, high], [place, place], color="C0")
         axes.plot(median, place, "o", color="C0")
-    axes.set_yticks(range(len(medians)), medians, fontsize=8)
+    axes.set_yticks(range(len(medians)), [name for name, _ in medians], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(100, color="grey", linewidth=0.8)
     axes.set_xlabel("median over games, % expert, with 95 % interval")
@@ -519,7 +502,7 @@ def draw_curves(groups, path):
             name = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
             (line,) = panel.plot(steps, scores.mean(0), label=name)
             if len(seeds) > 1:
-                t = STUDENT_T.get(len(seeds), 1.96)
+                t = STUDENT_T.get(len(seeds), 2.26)
                 half = t * scores.std(0, ddof=1) / math.sqrt(len(seeds))
                 low, high = scores.mean(0) - half, scores.mean(0) + half
                 panel.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
@@ -592,7 +575,8 @@ def main(args):
     networks, expert_of = load_networks(args, device)  # mistakes show before the games, not after
     curves = group_curves(args.curves)
     out.mkdir(parents=True, exist_ok=True)
-    tempfile.NamedTemporaryFile(dir=out, prefix=args.name).close()  # may we write here?
+    ending = "-medians.png"
+    tempfile.NamedTemporaryFile(dir=out, prefix=args.name, suffix=ending).close()  # may we write?
 
     if networks:
         results = {}  # {label: {game: scores}}
@@ -605,7 +589,7 @@ def main(args):
         print_table(rows)
         medians = print_summary(results, expert_of)
         write_csv(rows, out / f"{args.name}.csv")
-        draw_bars(rows, expert_of, group_seeds(results, expert_of), out / f"{args.name}.png")
+        draw_bars(rows, expert_of, out / f"{args.name}.png")
         print(f"wrote {out / args.name}.csv and .png")
         if len(medians) > 1:
             draw_medians(medians, out / f"{args.name}-medians.png")

@@ -60,6 +60,8 @@ class Args:
         common.require_positive(self, "rollout", "updates", "minibatch", "lr", "report_every")
         common.require_shares(self, "epsilon", "decay")
         common.require_range(self, 1, 10_000, "lanes")
+        halves = self.actor != "both" or self.lanes % 2 == 0
+        common.require(halves, "--actor both needs an even number of --lanes")
         common.require_range(self, 0, 1e30, "lr")  # beyond it torch itself overflows
         common.require(self.out, "--out must name a folder")
         common.require_range(self, 0, 2**31 - 1, "seed", "feature_weight")
@@ -244,10 +246,10 @@ def main(args):
     widths = [expert["net_args"]["hidden"][-1] for expert in experts]
     regressors = nn.ModuleList(nn.Linear(args.hidden[-1], width) for width in widths).to(device)
     optimizer = torch.optim.Adam([*student.parameters(), *regressors.parameters()], lr=args.lr)
-    step, scores = 0, [deque(maxlen=30) for _ in games]  # scores of the last finished games
+    step, scores = 0, [deque(maxlen=30) for _ in games]  # of the student's last finished games
     saved = common.open_run(out, "mimic", args)
     if saved:
-        if saved["games"] != games or saved.get("marks") != marks:
+        if saved["games"] != games or saved["marks"] != marks:
             before = ", ".join(saved["games"])
             raise common.UserError(
                 f"{out} holds a mimic of other experts of {before}; name another --out"
@@ -268,12 +270,12 @@ def main(args):
     obs = torch.stack([torch.from_numpy(first) for first, _ in resets])  # (G, N, 4, 84, 84)
     frame = np.stack([info["episode_frame_number"] for _, info in resets])  # (G, N)
     age, returns = torch.zeros((G, N), dtype=torch.int64), np.zeros((G, N))
-    first = {"student": N, "both": N // 2, "expert": 0}[args.actor]  # of the expert's lanes
-    expert_plays = torch.arange(N)[:, None] >= first  # (N, 1)
+    student_lanes = {"student": N, "both": N // 2, "expert": 0}[args.actor]
+    student_plays = torch.arange(N) < student_lanes
     stop, next_report = common.Stop(), step
 
     while step < args.steps:
-        # The student plays on all lanes of all games, and the experts judge what it meets.
+        # The student (see --actor) plays on all lanes of all games; the experts judge what it meets.
         for _ in range(T):
             with torch.inference_mode(), autocast:
                 pictures = obs.to(device)
@@ -282,7 +284,7 @@ def main(args):
             for g, env in enumerate(envs):
                 expert_q, expert_features = (answer.cpu() for answer in answers[g])
                 replays[g].add(obs[g], age[g], expert_q, expert_features)
-                chosen_by = torch.where(expert_plays, expert_q, student_logits[g])
+                chosen_by = torch.where(student_plays[:, None], student_logits[g], expert_q)
                 env.send(act(chosen_by, legal[g], args.epsilon, rng).numpy())
             for g, env in enumerate(envs):  # all games have stepped at the same time
                 next_obs, reward, _, _, info = env.recv()
@@ -290,7 +292,7 @@ def main(args):
                 frame[g], obs[g] = info["episode_frame_number"], torch.from_numpy(next_obs)
                 age[g] = torch.where(torch.from_numpy(game_over), 0, (age[g] + 1).clamp(max=3))
                 returns[g] += reward
-                scores[g].extend(returns[g, game_over].tolist())
+                scores[g].extend(returns[g, game_over & student_plays.numpy()].tolist())
                 returns[g, game_over] = 0
 
         # The student learns to agree with them, from equally many observations of each game.

@@ -162,6 +162,7 @@ def replay_dqn():
     def four_steps():
         for _ in range(4):
             step()
+        # What is drawn need not belong together: it is the time that counts.
         (now, _, _), (following, _, _) = replay.draw(32, rng), replay.draw(32, rng)
         with torch.no_grad():
             goal = 0.99 * target(following / 255).amax(1)
@@ -214,7 +215,9 @@ def main(stage, count=None):
             net_args = {"channels": [32, 64, 64], "hidden": [512]}
             path = Path(folder) / "mimic.pt"
             contents = {"stage": "mimic", "games": [], "net_args": net_args}
-            contents |= {"step": 0, "minutes": 0, "score": []}
+            contents |= dict.fromkeys(
+                common.NEEDED_OF_MIMIC | {"step", "minutes", "score", "scores"}
+            )
             common.save_checkpoint(path, train_mimic.Args(), net=net.state_dict(), **contents)
             speed = run_stage(stage, transfer, mimic=str(path))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

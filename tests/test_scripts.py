@@ -149,7 +149,8 @@ def test_mimic_log_and_checkpoint(studio):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--objective q", "--actor expert", "--feature-weight 0", "--temperature 1"]
+    "flags",
+    ["--objective q", "--actor expert", "--actor both", "--feature-weight 0", "--temperature 1"],
 )
 def test_ideas_of_the_mimic_can_be_switched(copy, flags):
     run(copy, MIMIC.replace("--steps 320", "--steps 64") + f" --out runs/other {flags}")
@@ -332,6 +333,7 @@ def test_stop_and_continue_equals_never_stopped_on_the_same_data(tmp_path):
         step=12,
         minutes=0.0,
         score=0.0,
+        scores=[],
         net_args={},
         net=net.state_dict(),
         optimizer=optimizer.state_dict(),
@@ -463,6 +465,7 @@ def test_expert_refuses_flags_out_of_range(studio, flags, words):
         ("--temperature 0", ["--temperature"]),
         ("--feature-weight -1", ["--feature-weight"]),
         ("--actor me", ["--actor"]),
+        ("--actor both --lanes 3", ["--actor", "--lanes"]),
         ("--objective v", ["--objective"]),
         ("--replay 3", ["--replay"]),
         ("--updates 0", ["--updates"]),
@@ -525,8 +528,9 @@ def test_damaged_and_foreign_checkpoints_are_refused(copy):
         refused(copy, f"evaluate.py --runs {name}.pt", f"{name}.pt")
     torch.save({"net": {}}, copy / "foreign.pt")
     refused(copy, "evaluate.py --runs foreign.pt", "foreign.pt", "not a checkpoint of this project")
-    torch.save({k: v for k, v in mimic.items() if k != "net_args"}, copy / "part.pt")
-    refused(copy, "evaluate.py --runs part.pt", "part.pt", "lacks net_args")
+    for part in ("net_args", "marks"):
+        torch.save({k: v for k, v in mimic.items() if k != part}, copy / "part.pt")
+        refused(copy, "evaluate.py --runs part.pt", "part.pt", f"lacks {part}")
 
 
 def test_checkpoint_whose_weights_do_not_fit_is_refused(copy):
@@ -582,7 +586,7 @@ def test_mimic_bears_an_expert_that_never_scored(copy):
 def test_log_that_a_crash_or_a_hand_has_spoiled(copy):
     command, log = EXPERT + " --game pong", copy / "runs/expert-pong/log.csv"
     good = log.read_bytes()
-    log.write_bytes(good + b"\xc2\xb2,1\n" + b"9" * 5_000 + b",1\n\xff\xfe\n")  # no whole numbers
+    log.write_bytes(good + b"\xc2\xb2,1\n" + b"9" * 5_000 + b",1\n\xff\xfe\n32,\xff,1\n")
     run(copy, command + " --steps 352")
     assert log.read_bytes().startswith(good)
     assert [int(row["step"]) for row in rows(log)][-2:] == [320, 352]
