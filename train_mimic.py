@@ -275,7 +275,7 @@ def main(args):
     stop, next_report = common.Stop(), step
 
     while step < args.steps:
-        # The student (see --actor) plays on all lanes of all games; the experts judge what it meets.
+        # The student (see --actor) plays on all lanes of all games; experts judge what it meets.
         for _ in range(T):
             with torch.inference_mode(), autocast:
                 pictures = obs.to(device)
