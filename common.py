@@ -11,6 +11,8 @@ A checkpoint is one plain dict, written by `torch.save` and read with `weights_o
     command     the command line, and `machine`, where it ran
     net_args    {"channels": [...], "hidden": [...]}: widths, enough to build the network again
     net         its state_dict; half precision in an expert that ships
+    online      expert, transfer: the weights that learn, of which net is the moving average (not in
+                an expert that ships)
     optimizer   its state_dict (not in an expert that ships)
     rng         state of the generator that explores and draws (not in an expert that ships)
     score       mean score of the last finished games, and `scores`, each of them (mimic: per game)
@@ -301,10 +303,10 @@ def load_checkpoint(path, stages):
     return checkpoint
 
 
-def load_weights(net, checkpoint, path):
+def load_weights(net, checkpoint, path, part="net"):
     """Put a checkpoint's weights into net; raises UserError, naming path, if they do not fit."""
     try:
-        net.load_state_dict(checkpoint["net"])
+        net.load_state_dict(checkpoint[part])
     except (RuntimeError, KeyError, TypeError, AttributeError):
         raise UserError(f"the weights in {path} do not fit the network's widths") from None
 

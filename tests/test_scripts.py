@@ -308,6 +308,29 @@ def test_expert_goes_on_from_its_weights_alone(copy):
         torch.testing.assert_close(after["net"][name], weight, atol=0.01, rtol=0.01)
 
 
+def test_what_ships_is_the_moving_average_of_the_weights_that_learn(copy):
+    command = EXPERT.replace("--steps 320", "--steps 32") + " --game pong"  # one round of learning
+    for name, rate in (("copied", 1), ("slow", 0.25)):
+        run(copy, f"{command} --target-rate {rate} --out runs/{name}")
+    copied, slow = (
+        load_checkpoint(copy / f"runs/{name}", ("expert",)) for name in ("copied", "slow")
+    )
+    torch.manual_seed(1)
+    first = importlib.import_module("train_expert").AtariNet((4, 8), (16,)).state_dict()
+    assert same(copied["net"], copied["online"]) and not same(copied["net"], first)
+    assert same(slow["online"], copied["online"])  # the first round is played alike
+    for name, weight in slow["net"].items():
+        torch.testing.assert_close(weight, 0.75 * first[name] + 0.25 * slow["online"][name])
+    # Both are there when the run goes on: it is another run from other weights that learn.
+    ends = []
+    for online in (slow["online"], slow["net"]):
+        torch.save(slow | {"online": online}, copy / "runs/slow/checkpoint.pt")
+        longer = command.replace("--steps 32", "--steps 64")
+        run(copy, f"{longer} --target-rate 0.25 --out runs/slow")
+        ends.append(load_checkpoint(copy / "runs/slow", ("expert",))["net"])
+    assert not same(*ends)
+
+
 def test_stop_and_continue_equals_never_stopped_on_the_same_data(tmp_path):
     def make():
         torch.manual_seed(0)
