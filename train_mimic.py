@@ -245,7 +245,8 @@ def main(args):
     # One linear map per game, from the student's features to the expert's.
     widths = [expert["net_args"]["hidden"][-1] for expert in experts]
     regressors = nn.ModuleList(nn.Linear(args.hidden[-1], width) for width in widths).to(device)
-    optimizer = torch.optim.Adam([*student.parameters(), *regressors.parameters()], lr=args.lr)
+    weights = [*student.parameters(), *regressors.parameters()]
+    optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
     step, scores = 0, [deque(maxlen=30) for _ in games]  # of the student's last finished games
     saved = common.open_run(out, "mimic", args)
     if saved:

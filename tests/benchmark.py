@@ -13,6 +13,7 @@ DQN that many single-file codes share.
 """
 
 import contextlib
+import functools
 import io
 import resource
 import subprocess
@@ -33,6 +34,8 @@ import transfer
 from train_expert import AtariNet, act, legal_actions, make_envs
 
 SECONDS = 5  # of each bare measurement
+RADAM = functools.partial(torch.optim.RAdam, lr=1e-5, foreach=True)  # as stages 1 and 3 have it
+ADAM = functools.partial(torch.optim.Adam, lr=1e-5, fused=True)  # as stage 2 has it
 STEPS = {"expert": 40_000, "mimic": 16_000, "transfer": 40_000}  # of each stage
 
 
@@ -63,11 +66,12 @@ def bare_emulator(games, lanes):
     return rate(step, len(games) * lanes)
 
 
-def bare_network(args, batch, learning, autocast, optimizer=torch.optim.RAdam, parts=1):
+def bare_network(args, batch, learning, autocast, optimizer=RADAM, parts=1):
     """Observations per second, acting on a batch or learning from `parts` batches per update."""
     net = AtariNet(args.channels, args.hidden).to(memory_format=torch.channels_last)
     obs = torch.randint(256, (batch, 4, 84, 84), dtype=torch.uint8)
-    optimizer = optimizer(net.parameters(), lr=1e-5)
+    obs = obs.to(memory_format=torch.channels_last)
+    optimizer = optimizer(net.parameters())
 
     def forward():
         with torch.inference_mode(), autocast:
@@ -192,7 +196,7 @@ def main(stage, count=None):
         emulator = bare_emulator(games, N)
         acting = bare_network(args, G * N, False, autocast)
         labelling = bare_network(expert, N, False, autocast)
-        learning = bare_network(args, args.minibatch, True, autocast, torch.optim.Adam, parts=G)
+        learning = bare_network(args, args.minibatch, True, autocast, ADAM, parts=G)
         reuse = args.updates * args.minibatch / (args.rollout * N)
         limit = 1 / (1 / emulator + 1 / acting + 1 / labelling + reuse / learning)
         bare = f"acting {acting:,.0f}, experts {labelling:,.0f}, learning {learning:,.0f}"
