@@ -40,6 +40,10 @@ import time
 import zipfile
 from pathlib import Path
 
+# Torch's idle threads wait in a loop for their next work, and take the emulators' cores meanwhile:
+# let them sleep after some microseconds. GNU's OpenMP reads this when torch loads it.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
 
 try:

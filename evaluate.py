@@ -23,6 +23,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # before torch: it sets what torch reads when it loads
+
 import numpy as np
 import torch
 from ale_py.vector_env import AtariVectorEnv
@@ -30,8 +32,6 @@ from gymnasium.vector import AutoresetMode
 from matplotlib import animation
 from matplotlib.figure import Figure
 from torch import nn
-
-import common
 
 # Score of a random player, of a human (both as in most papers; no-op starts), and of DQN (2015).
 REFERENCE = {

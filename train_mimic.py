@@ -18,14 +18,14 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # before torch: it sets what torch reads when it loads
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
 from torch import nn
-
-import common
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # before torch: it sets what torch reads when it loads
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,8 +29,6 @@ from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
 from torch import nn
-
-import common
 
 FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # the emulator refuses these for one player
 

@@ -25,9 +25,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import common  # before torch: it sets what torch reads when it loads
+
 import torch
 
-import common
 import train_expert
 import train_mimic
 import transfer
