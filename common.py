@@ -16,7 +16,7 @@ A checkpoint is one plain dict, written by `torch.save` and read with `weights_o
     optimizer   its state_dict (not in an expert that ships)
     rng         state of the generator that explores and draws (not in an expert that ships)
     score       mean score of the last finished games, and `scores`, each of them (mimic: per game)
-    legal       the game's legal actions, of 18 (not in a mimic, nor in the experts of experts/)
+    legal       the game's legal actions, of 18 (not in a mimic, nor in experts of earlier versions)
     max_q       mean over the last rollout of max_a Q(s, a) (missing where legal is)
     regressors  mimic: state_dict of the linear maps of feature regression
     experts     mimic: paths of its experts, and `marks`, step and minutes of each
@@ -41,7 +41,8 @@ import zipfile
 from pathlib import Path
 
 # Torch's idle threads wait in a loop for their next work, and take the emulators' cores meanwhile:
-# let them sleep after some microseconds. GNU's OpenMP reads this when torch loads it.
+# let them sleep after 1,000 turns of it, some microseconds (GNU's OpenMP: 300,000, milliseconds).
+# It reads this once, when torch loads it.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch

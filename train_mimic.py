@@ -246,6 +246,7 @@ def main(args):
     widths = [expert["net_args"]["hidden"][-1] for expert in experts]
     regressors = nn.ModuleList(nn.Linear(args.hidden[-1], width) for width in widths).to(device)
     weights = [*student.parameters(), *regressors.parameters()]
+    # fused: the whole update in one pass over the weights, which is faster.
     optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
     step, scores = 0, [deque(maxlen=30) for _ in games]  # of the student's last finished games
     saved = common.open_run(out, "mimic", args)

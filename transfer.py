@@ -46,13 +46,13 @@ class Args:
     rollout: int = 32  # steps of each lane between two rounds of learning
     epochs: int = 2  # passes over each rollout
     minibatch: int = 128  # observations per gradient step
-    lr: float = 5e-4  # of RAdam; on Breakout 2.5e-4 was slower, and 1e-3 no faster (one seed)
+    lr: float = 5e-4  # of RAdam; 2.5e-4 was slower on Breakout, but faster on Pong (one seed each)
     decay: float = 0.3  # share of the run over which lr falls to zero, at its end
     gamma: float = 0.99  # discount
     lam: float = 0.85  # lambda of the returns: 0 is one-step Q-learning, 1 is Monte Carlo
-    epsilon: float = 0.05  # share of random actions, from 1 in a line; as in tests (paper: 0.1)
+    epsilon: float = 0.05  # share of random actions, falls from 1; as in evaluate.py (paper: 0.1)
     explore: float = 0.1  # share of the run over which epsilon falls (paper: 0.1)
-    target_rate: float = 0.1  # how far the target network follows in a round: half way in seven
+    target_rate: float = 0.1  # share of the way target moves to net each round; 0.02 is too slow
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this
     report_every: int = 50_000  # steps between two lines of the log, each with a checkpoint
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -194,18 +194,23 @@ def main(args):
         if args.reset_head:
             nn.init.orthogonal_(net.head.weight, 0.01)
             nn.init.zeros_(net.head.bias)
-    target = copy.deepcopy(net)  # the moving average of net's weights: plays, and gives targets
+    # Paper: a copy made every 10,000 steps, which gives targets only. Here the moving average of
+    # net's weights, and it plays, too, because single gradient steps shake it less.
+    target = copy.deepcopy(net)
+    # foreach: one call for all weights, not one for each, which is faster.
     optimizer = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)
     step, scores = 0, deque(maxlen=100)  # scores of the last finished games
     saved = common.open_run(out, "transfer", args)
     if saved:
         common.load_state(saved, target, optimizer, rng, out)
-        common.load_weights(net, saved, out, "online" if "online" in saved else "net")
+        # An expert.pt holds the average alone: then learning begins again from it.
+        common.load_weights(net, saved, out, "online" if "optimizer" in saved else "net")
         step, scores = saved["step"], deque(saved["scores"], maxlen=100)
         if step >= args.steps:
             return print(f"{out} has finished; more --steps would go on from step {step:,}")
 
-    # The frame comes last: convolutions are faster on this order (channels_last).
+    # The stack of 4 frames is the last axis. As (B, 4, 84, 84), which permute makes of it without a
+    # copy, that is channels_last, on which convolutions are faster.
     obs_buffer = torch.empty((T, N, 84, 84, 4), dtype=torch.uint8, device=device)
     actions, rewards = torch.empty((T, N), dtype=torch.int64), torch.empty((T, N))
     stops = torch.empty((T, N), dtype=torch.bool)
@@ -292,7 +297,7 @@ def main(args):
                 optimizer.step()
         with torch.no_grad():
             for slow, weight in zip(target.parameters(), net.parameters()):
-                slow.lerp_(weight, args.target_rate)
+                slow.lerp_(weight, args.target_rate)  # slow += target_rate * (weight - slow)
         step += T * N
 
         # Once in a while: look, save, report.
