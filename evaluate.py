@@ -4,7 +4,8 @@ A score is the raw return of a whole game, played with epsilon 0.05 after 0 to 2
 108,000 frames. Each lane plays one game, or short games would count more often than long ones.
 
     python evaluate.py --runs runs/mimic                          # the mimic beside its experts
-    python evaluate.py --runs experts/*.pt --random --sticky 0.25 # sticky actions, and chance
+    python evaluate.py --runs experts/*.pt --sticky 0 0.25        # sticky actions beside none
+    python evaluate.py --runs experts/*.pt --random               # chance beside them
     python evaluate.py --curves runs/transfer-*/log.csv           # learning curves
     python evaluate.py --runs runs/mimic --games 1 --gif --name film  # a film of all its games
 
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
-from matplotlib import animation
+from matplotlib import animation, rcParams
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -72,6 +73,8 @@ PAPER = {
     "space_invaders": (1669.2, 1142.4),
 }
 
+rcParams["text.parse_math"] = False  # a $ in the name of a run is no formula
+
 # Half-widths of a 95 % interval of a mean, in standard errors, by number of seeds (Student's t).
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
@@ -82,7 +85,7 @@ class Args:
     curves: tuple = ()  # logs to draw; names that differ only in -s<seed> become one curve
     games: int = 30  # games per network and game, one on each lane
     epsilon: float = 0.05  # share of random actions, as in the paper's tests
-    sticky: float = 0.0  # probability that the emulator repeats the last action instead
+    sticky: tuple = (0.0,)  # chance, each frame, that the last action goes on; more: a column each
     seed: int = 1  # of exploration and emulators
     random: bool = False  # also measure a random policy on every game
     gif: bool = False  # also film the first network, all its games side by side
@@ -95,10 +98,14 @@ class Args:
     def __post_init__(self):
         common.require(self.runs or self.curves, "name checkpoints in --runs or logs in --curves")
         common.require(self.runs or not (self.random or self.gif), "--random and --gif need --runs")
+        taken = self.random and "random" in self.runs
+        common.require(not taken, "the row of --random would hide the run named random: rename it")
         common.require_range(self, 1, 10_000, "games", "film")
         plain = self.out and self.name and Path(self.name).name == self.name
         common.require(plain, "--out must name a folder, and --name a file without its folder")
-        common.require_shares(self, "epsilon", "sticky")
+        common.require_shares(self, "epsilon")
+        shares = self.sticky and 0 <= min(self.sticky) and max(self.sticky) <= 1
+        common.require(shares, "--sticky must lie between 0 and 1")
         common.require_range(self, 0, 2**31 - 1, "seed")
 
 
@@ -176,12 +183,12 @@ def act(scores, legal, epsilon, rng):
     return torch.where(torch.rand(len(scores), generator=rng) < epsilon, random, greedy)
 
 
-def play(net, game, args, device, autocast):
+def play(net, game, sticky, args, device, autocast):
     """Play `args.games` whole games side by side and return their scores, (games,) float64.
 
     net: an AtariNet, or None for a random policy.
     """
-    envs, legal = make_envs(game, args.games, args.sticky), legal_actions(game)
+    envs, legal = make_envs(game, args.games, sticky), legal_actions(game)
     rng = torch.Generator().manual_seed(args.seed)
     obs, info = envs.reset(seed=torch.randint(2**31 - 1, (args.games,), generator=rng).numpy())
     frame, scores = info["episode_frame_number"], np.zeros(args.games)
@@ -521,14 +528,14 @@ def draw_curves(groups, path):
 
 def record(net, game, args, device, autocast):
     """Play one game for `args.film` steps: its colour pictures and the score at each."""
-    envs, legal = make_envs(game, 1, args.sticky), legal_actions(game)
+    envs, legal = make_envs(game, 1, args.sticky[0]), legal_actions(game)
     # A second emulator with the same seed and the same actions shows the same game in colour.
     colour = AtariVectorEnv(
         game,
         1,
         full_action_space=True,
         autoreset_mode=AutoresetMode.SAME_STEP,
-        repeat_action_probability=args.sticky,
+        repeat_action_probability=args.sticky[0],
         grayscale=False,
         img_height=210,
         img_width=160,
@@ -579,13 +586,19 @@ def main(args):
     tempfile.NamedTemporaryFile(dir=out, prefix=args.name, suffix=ending).close()  # may we write?
 
     if networks:
-        results = {}  # {label: {game: scores}}
+        results, columns = {}, {}  # {label: {game: scores}}, {(label, game): further columns}
         for label, (net, games) in networks.items():
             results[label] = {}
             for game in games:
                 print(f"{label} plays {args.games} games of {game} ...", flush=True)
-                results[label][game] = play(net, game, args, device, autocast)
+                first, *more = (play(net, game, p, args, device, autocast) for p in args.sticky)
+                results[label][game] = first
+                columns[label, game] = {
+                    f"sticky {p:g}": scores.mean() for p, scores in zip(args.sticky[1:], more)
+                }
         rows = make_rows(results, expert_of)
+        for row in rows:
+            row |= columns[row["network"], row["game"]]
         print_table(rows)
         medians = print_summary(results, expert_of)
         write_csv(rows, out / f"{args.name}.csv")

@@ -250,10 +250,15 @@ def test_evaluate_measures_draws_and_films(copy):
 
 def test_evaluate_is_repeatable_and_sticky_actions_change_it(copy):
     command = "evaluate.py --runs runs/expert-boxing/expert.pt --games 2 --device cpu --out "
-    for name, flags in (("a", ""), ("b", ""), ("c", " --sticky 0.25")):
+    tables = {}
+    for name, flags in (("a", ""), ("b", ""), ("c", " --sticky 0.25"), ("d", " --sticky 0 0.25")):
         run(copy, command + name + flags)
-    a, b, c = ((copy / name / "table.csv").read_text() for name in "abc")
-    assert a == b != c
+        with open(copy / name / "table.csv") as file:
+            tables[name] = list(csv.DictReader(file))
+    assert tables["a"] == tables["b"] != tables["c"]
+    # Several values in one call: the first one's table, and the means of the others.
+    (mean,) = (row["mean"] for row in tables["c"])
+    assert tables["d"] == [{**row, "sticky 0.25": mean} for row in tables["a"]]
 
 
 # One run, stopped and continued
@@ -528,7 +533,8 @@ def test_transfer_refuses(studio, flags, words):
         ("--curves common.py", ["common.py"]),
         ("--runs runs/mimic --games 0", ["--games"]),
         ("--runs runs/mimic --name a/b", ["--name"]),
-        ("--runs runs/mimic --sticky 2", ["--sticky"]),
+        ("--runs runs/mimic --sticky 0 2", ["--sticky"]),
+        ("--runs random --random", ["named random"]),
         ("--curves runs/mimic/log.csv --random", ["--random"]),
     ],
 )
