@@ -67,8 +67,8 @@ def bare_emulator(games, lanes):
     return rate(step, len(games) * lanes)
 
 
-def bare_network(args, batch, learning, autocast, optimizer=RADAM, parts=1):
-    """Observations per second, acting on a batch or learning from `parts` batches per update."""
+def bare_network(args, batch, learning, autocast, optimizer=RADAM):
+    """Observations per second, acting on a batch or learning from it."""
     net = AtariNet(args.channels, args.hidden).to(memory_format=torch.channels_last)
     obs = torch.randint(256, (batch, 4, 84, 84), dtype=torch.uint8)
     obs = obs.to(memory_format=torch.channels_last)
@@ -79,14 +79,13 @@ def bare_network(args, batch, learning, autocast, optimizer=RADAM, parts=1):
             net(obs)
 
     def learn():
+        with autocast:
+            scores, _ = net(obs)
         optimizer.zero_grad()
-        for _ in range(parts):
-            with autocast:
-                scores, _ = net(obs)
-            scores.square().mean().backward()
+        scores.square().mean().backward()
         optimizer.step()
 
-    return rate(learn, parts * batch) if learning else rate(forward, batch)
+    return rate(learn if learning else forward, batch)
 
 
 class Timer:
@@ -197,7 +196,7 @@ def main(stage, count=None):
         emulator = bare_emulator(games, N)
         acting = bare_network(args, G * N, False, autocast)
         labelling = bare_network(expert, N, False, autocast)
-        learning = bare_network(args, args.minibatch, True, autocast, ADAM, parts=G)
+        learning = bare_network(args, G * args.minibatch, True, autocast, ADAM)
         reuse = args.updates * args.minibatch / (args.rollout * N)
         limit = 1 / (1 / emulator + 1 / acting + 1 / labelling + reuse / learning)
         bare = f"acting {acting:,.0f}, experts {labelling:,.0f}, learning {learning:,.0f}"
