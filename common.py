@@ -168,7 +168,7 @@ def run(main, cls):
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("memory|Storage size", str(error)):
             raise
-        message = "not enough memory: try fewer --lanes or smaller networks, rollouts or replays"
+        message = "not enough memory: try fewer --lanes (evaluate.py: fewer --games)"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -230,11 +230,10 @@ def machine():
 # Checkpoint
 
 
-def plain(value):
-    """Turn tuples into lists, all the way down: what a checkpoint holds of the flags."""
-    if isinstance(value, dict):
-        return {name: plain(entry) for name, entry in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+def plain(args):
+    """Turn flags into a dict with lists for tuples: what a checkpoint holds of them."""
+    values = dataclasses.asdict(args)
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 @contextlib.contextmanager
@@ -269,7 +268,7 @@ def save_checkpoint(path, args, **contents):
         raise UserError(f"the weights are not finite: try a smaller --lr; {path} is not written")
     checkpoint = {
         "format": FORMAT,
-        "args": plain(dataclasses.asdict(args)),
+        "args": plain(args),
         "command": " ".join(["python", *sys.argv]),
         "machine": machine(),
         **contents,
@@ -348,7 +347,7 @@ def open_run(folder, stage, args, may_change=("out", "steps", "device", "precisi
                 raise UserError(f"{folder} holds {name} without its checkpoint; name another --out")
         return None
     checkpoint = load_checkpoint(folder, (stage,))
-    for name, now in plain(dataclasses.asdict(args)).items():
+    for name, now in plain(args).items():
         before = checkpoint["args"].get(name)
         if name not in may_change and before != now:
             flag = name.replace("_", "-")

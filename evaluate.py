@@ -82,7 +82,7 @@ STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 
 @dataclass(frozen=True)
 class Args:
     runs: tuple = ()  # checkpoints, or folders of runs, of any stage
-    curves: tuple = ()  # logs to draw; names that differ only in -s<seed> become one curve
+    curves: tuple = ()  # logs, or folders of runs; names that differ only in -s<seed> are one curve
     games: int = 30  # games per network and game, one on each lane
     epsilon: float = 0.05  # share of random actions, as in the paper's tests
     sticky: tuple = (0.0,)  # chance, each frame, that the last action goes on; more: a column each
@@ -98,7 +98,7 @@ class Args:
     def __post_init__(self):
         common.require(self.runs or self.curves, "name checkpoints in --runs or logs in --curves")
         common.require(self.runs or not (self.random or self.gif), "--random and --gif need --runs")
-        taken = self.random and "random" in self.runs
+        taken = self.random and Path("random") in map(Path, self.runs)
         common.require(not taken, "the row of --random would hide the run named random: rename it")
         common.require_range(self, 1, 10_000, "games", "film")
         plain = self.out and self.name and Path(self.name).name == self.name
@@ -246,7 +246,8 @@ def load_networks(args, device):
     Returns {label: (net, games)}, net being None for the random policy, and {label: {game: label of
     the expert that this network is compared with}}: a mimic's own, for others the first at hand.
     """
-    networks, experts, own, paths = {}, {}, {}, list(args.runs)
+    networks, experts, own = {}, {}, {}
+    paths = list(dict.fromkeys(str(Path(path)) for path in args.runs))  # a/ is a, and read once
     for path in paths:  # grows: a mimic adds its experts
         checkpoint = common.load_checkpoint(path, ("expert", "mimic", "transfer"))
         net = AtariNet(**checkpoint["net_args"]).to(device, memory_format=torch.channels_last)
@@ -477,9 +478,12 @@ def group_curves(paths):
     goal is the training score of a mimic's expert, and nan in the logs of other stages.
     A run is named by its folder, or its file: expert-<game>, mimic, transfer-<game>-<arm>-s<seed>.
     """
-    groups = {}
+    groups, named = {}, {}
     for path in dict.fromkeys(Path(path).resolve() for path in paths):
+        path = path / "log.csv" if path.is_dir() else path
         log, name = read_log(path), path.parent.name if path.stem == "log" else path.stem
+        if named.setdefault(name, path) != path:
+            raise common.UserError(f"{path} and {named[name]} are both named {name}: rename one")
         label = without_seed(name)
         for column in [column for column in log if column.endswith("_score")]:
             game = column.removesuffix("_score")
@@ -582,8 +586,8 @@ def main(args):
     networks, expert_of = load_networks(args, device)  # mistakes show before the games, not after
     curves = group_curves(args.curves)
     out.mkdir(parents=True, exist_ok=True)
-    ending = "-medians.png"
-    tempfile.NamedTemporaryFile(dir=out, prefix=args.name, suffix=ending).close()  # may we write?
+    # May we write there, and is the longest of the names not too long?
+    tempfile.NamedTemporaryFile(dir=out, prefix=args.name, suffix="-medians.png").close()
 
     if networks:
         results, columns = {}, {}  # {label: {game: scores}}, {(label, game): further columns}
@@ -591,10 +595,11 @@ def main(args):
             results[label] = {}
             for game in games:
                 print(f"{label} plays {args.games} games of {game} ...", flush=True)
-                first, *more = (play(net, game, p, args, device, autocast) for p in args.sticky)
-                results[label][game] = first
+                first, *others = dict.fromkeys(args.sticky)
+                results[label][game] = play(net, game, first, args, device, autocast)
                 columns[label, game] = {
-                    f"sticky {p:g}": scores.mean() for p, scores in zip(args.sticky[1:], more)
+                    f"sticky {p:g}": play(net, game, p, args, device, autocast).mean()
+                    for p in others
                 }
         rows = make_rows(results, expert_of)
         for row in rows:

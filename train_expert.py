@@ -65,7 +65,7 @@ class Args:
         common.require_positive(self, "report_every")
         common.require_shares(self, "gamma", "lam", "epsilon", "explore", "decay", "target_rate")
         common.require_range(self, 1, 10_000, "lanes")
-        common.require_range(self, 0, 1e30, "lr")  # beyond it torch itself overflows
+        common.require_range(self, 0, 1e30, "lr")  # far beyond any that make sense
         common.require_range(self, 0, 2**31 - 1, "seed")
         common.require(
             self.minibatch <= self.lanes * self.rollout,

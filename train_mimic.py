@@ -44,9 +44,9 @@ class Args:
     lanes: int = 16  # emulators of each game
     rollout: int = 16  # steps of each lane between two rounds of learning
     updates: int = 32  # gradient steps per round: each observation is learned from twice (as paper)
-    minibatch: int = 16  # observations of each game per gradient step (paper: 8); 128 was worse
-    replay: int = 20_000  # observations kept of each game, 0.16 GB (paper: 100_000)
-    lr: float = 1e-3  # of Adam; 5e-4 was slower in most games (one seed)
+    minibatch: int = 16  # observations of each game per gradient step (paper: 8)
+    replay: int = 20_000  # observations kept of each game, 0.15 GB (paper: 100_000)
+    lr: float = 1e-3  # of Adam; 5e-4 was slower in three of five games (one seed)
     decay: float = 0.5  # share of the run over which lr falls to zero, at its end
     report_every: int = 20_000  # steps between two lines of the log, each with a checkpoint
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -56,13 +56,14 @@ class Args:
         common.require_one_of("--objective", self.objective, ("policy", "q"))
         common.require_one_of("--actor", self.actor, ("student", "expert", "both"))
         common.require(len(self.channels) <= 4, "--channels takes at most 4 widths")
-        common.require_positive(self, "steps", "channels", "hidden", "temperature")
+        common.require_positive(self, "steps", "channels", "hidden")
         common.require_positive(self, "rollout", "updates", "minibatch", "lr", "report_every")
         common.require_shares(self, "epsilon", "decay")
         common.require_range(self, 1, 10_000, "lanes")
         halves = self.actor != "both" or self.lanes % 2 == 0
         common.require(halves, "--actor both needs an even number of --lanes")
-        common.require_range(self, 0, 1e30, "lr")  # beyond it torch itself overflows
+        common.require_range(self, 0, 1e30, "lr")  # far beyond any that make sense
+        common.require_range(self, 1e-6, 1e6, "temperature")  # outside, the softmax is not finite
         common.require(self.out, "--out must name a folder")
         common.require_range(self, 0, 2**31 - 1, "seed", "feature_weight")
         enough = self.replay >= 4 * self.lanes
@@ -222,7 +223,7 @@ def load_expert(path):
 def main(args):
     device, out = common.pick_device(args.device), Path(args.out)
     autocast = common.pick_autocast(args.precision, device)
-    paths = [str(path) for path in args.experts or sorted(Path("experts").glob("*.pt"))]
+    paths = [str(Path(path)) for path in args.experts or sorted(Path("experts").glob("*.pt"))]
     if not paths:
         raise common.UserError(
             "no experts/ here: name checkpoints of train_expert.py with --experts"
@@ -257,7 +258,7 @@ def main(args):
                 f"{out} holds a mimic of other experts of {before}; name another --out"
             )
         common.load_state(saved, student, optimizer, rng, out)
-        regressors.load_state_dict(saved["regressors"])
+        common.load_weights(regressors, saved, out, "regressors")
         step, scores = saved["step"], [deque(recent, maxlen=30) for recent in saved["scores"]]
         if step >= args.steps:
             return print(f"{out} has finished; more --steps would go on from step {step:,}")
@@ -298,6 +299,7 @@ def main(args):
                 returns[g, game_over] = 0
 
         # The student learns to agree with them, from equally many observations of each game.
+        # Paper: a constant rate, and 10,000 steps are played before the first update.
         lr = args.lr * min(1, (args.steps - step) / max(args.decay * args.steps, 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -306,13 +308,13 @@ def main(args):
             q_spread(replay.q_values[: replay.added].flatten(0, 1), mask).item()
             for replay, mask in zip(replays, legal)
         ]
-        means = torch.zeros(G, 3, device=device)  # of the figures below, over the round
+        means = torch.zeros(G, 3, device=device)  # of the figures below, over the round's updates
         for _ in range(args.updates):
             drawn = [replay.draw(args.minibatch, rng) for replay in replays]
             drawn_obs, drawn_q, drawn_features = zip(*drawn)  # each holds a tensor of every game
             with autocast:
                 logits, features = student(torch.cat(drawn_obs).to(device))
-            figures = []  # of each game: imitation loss, feature loss, share of equal choices
+            figures = []  # (G, 3): imitation loss, feature loss, share of equal choices
             for g, (own_logits, own_features) in enumerate(zip(logits.chunk(G), features.chunk(G))):
                 expert_q, expert_features = drawn_q[g].to(device), drawn_features[g].to(device)
                 if args.objective == "policy":
@@ -324,16 +326,18 @@ def main(args):
                 same = own_logits[:, masks[g]].argmax(1) == expert_q[:, masks[g]].argmax(1)
                 figures.append(torch.stack([imitation, distance, same.float().mean()]))
             figures = torch.stack(figures)
-            loss = (figures[:, 0] + args.feature_weight * figures[:, 1]).mean()  # eq. 4, all games
+            # Paper: the sum over the games; here the mean, so that the rate fits any number.
+            loss = (figures[:, 0] + args.feature_weight * figures[:, 1]).mean()  # eq. 4
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             means += figures.detach() / args.updates
         step += T * N
 
-        # Once in a while: look, save, report.
         grad_norm = nn.utils.get_total_norm([weight.grad for weight in student.parameters()])
         common.check_finite(loss + grad_norm, step, out)
+
+        # Once in a while: look, save, report.
         if step >= min(next_report, args.steps) or stop:
             next_report = (step // args.report_every + 1) * args.report_every
             row = {"lr": lr}
@@ -369,7 +373,8 @@ def main(args):
             )
             log.write(step, row)
             percents = "  ".join(f"{game} {row[f'{game}_percent']:.0f} %" for game in games)
-            log.line(step, args.steps, f"loss {loss.item():.3f}  {percents}")
+            loss = (means[:, 0] + args.feature_weight * means[:, 1]).mean()  # over the round
+            log.line(step, args.steps, f"loss {loss:.3f}  {percents}")
             if stop and step < args.steps:
                 print(f"saved; the same command goes on from step {step:,}")
                 raise SystemExit(130)  # ended by Ctrl-C: what follows it after && does not start
