@@ -6,7 +6,7 @@ the student learns to hold the same policy (policy regression) and, if wanted, f
 the expert's can be read off (feature regression).
 
     python train_mimic.py --steps 10_000 --out runs/smoke  # two minutes
-    python train_mimic.py                     # all of experts/: 15 to 20 minutes on two cores
+    python train_mimic.py                     # all of experts/: some 20 minutes on two cores
     python train_mimic.py --steps 25_000_000  # the paper's length
 
 Output: runs/mimic/ with checkpoint.pt (the same command goes on from it) and log.csv.
