@@ -479,8 +479,8 @@ def group_curves(paths):
     A run is named by its folder, or its file: expert-<game>, mimic, transfer-<game>-<arm>-s<seed>.
     """
     groups, named = {}, {}
-    for path in dict.fromkeys(Path(path).resolve() for path in paths):
-        path = path / "log.csv" if path.is_dir() else path
+    paths = [Path(path).resolve() for path in paths]
+    for path in dict.fromkeys(path / "log.csv" if path.is_dir() else path for path in paths):
         log, name = read_log(path), path.parent.name if path.stem == "log" else path.stem
         if named.setdefault(name, path) != path:
             raise common.UserError(f"{path} and {named[name]} are both named {name}: rename one")

@@ -242,7 +242,12 @@ def test_evaluate_measures_draws_and_films(copy):
         else:  # such a ratio would mean nothing
             assert row["% expert"] == "nan"
     assert "per cent of human: median" in said
-    assert set(group_curves([copy / "runs/expert-pong/log.csv"])) == {"pong"}
+    log = copy / "runs/expert-pong/log.csv"
+    assert set(group_curves([log, log.parent])) == {"pong"}  # a folder stands for its log
+    assert len(group_curves([log, log.parent])["pong"]["expert-pong"]) == 1
+    shutil.copytree(log.parent, copy / "other/expert-pong")  # would pass for a second seed
+    with pytest.raises(UserError, match="both named expert-pong"):
+        group_curves([log, copy / "other/expert-pong/log.csv"])
     for name in ("table.png", "table-curves.png"):
         assert (copy / "results" / name).read_bytes().startswith(b"\x89PNG")
     assert (copy / "results/table.gif").read_bytes().startswith(b"GIF8")
