@@ -154,19 +154,21 @@ def q_spread(expert_q, legal):
 
 
 def policy_loss(student_logits, expert_q, legal, temperature):
-    """Cross-entropy from the expert's softened policy to the student's, batch mean (eq. 2).
+    """Cross-entropy from the expert's softened policy to the student's (eq. 2).
 
-    student_logits, expert_q: (B, 18); legal: (18,) bool; temperature: above 0; returns a scalar.
-    Only the expert is divided by the temperature (eq. 1): it turns Q-values, whose scale differs
-    from game to game, into a policy.
+    student_logits, expert_q: (..., 18); legal (bool) and temperature (above 0) may be smaller, as
+    broadcasting has it; returns (...). Only the expert is divided by the temperature (eq. 1): it
+    turns Q-values, whose scale differs from game to game, into a policy.
     """
-    expert_policy = F.softmax(expert_q[:, legal] / temperature, 1)
-    return -(expert_policy * F.log_softmax(student_logits[:, legal], 1)).sum(1).mean()
+    expert_policy = F.softmax(expert_q.masked_fill(~legal, -torch.inf) / temperature, -1)
+    log_policy = F.log_softmax(student_logits.masked_fill(~legal, -torch.inf), -1)
+    # The masked logarithms are replaced because 0 * -inf is not a number.
+    return -(expert_policy * log_policy.masked_fill(~legal, 0)).sum(-1)
 
 
 def q_loss(student_q, expert_q, legal):
-    """Mean squared error of the legal Q-values: (B, 18), (B, 18), (18,) bool -> scalar."""
-    return F.mse_loss(student_q[:, legal], expert_q[:, legal])
+    """Mean squared error of the legal Q-values: (..., 18), (..., 18), bool -> (...)."""
+    return ((student_q - expert_q).square() * legal).sum(-1) / legal.sum(-1)
 
 
 def feature_loss(predicted, expert_features):
@@ -240,7 +242,7 @@ def main(args):
     rng = torch.Generator().manual_seed(args.seed)  # explores, draws and seeds the emulators
 
     legal = [legal_actions(game) for game in games]
-    masks = [mask.to(device) for mask in legal]
+    masks = torch.stack(legal)[:, None].to(device)  # (G, 1, 18)
     expert_nets = [net.to(device, memory_format=torch.channels_last) for net in expert_nets]
     student = AtariNet(**net_args).to(device, memory_format=torch.channels_last)
     # One linear map per game, from the student's features to the expert's.
@@ -308,30 +310,37 @@ def main(args):
             q_spread(replay.q_values[: replay.added].flatten(0, 1), mask).item()
             for replay, mask in zip(replays, legal)
         ]
-        means = torch.zeros(G, 3, device=device)  # of the figures below, over the round's updates
-        for _ in range(args.updates):
-            drawn = [replay.draw(args.minibatch, rng) for replay in replays]
-            drawn_obs, drawn_q, drawn_features = zip(*drawn)  # each holds a tensor of every game
+        temperature = args.temperature * torch.tensor(spreads, device=device).view(G, 1, 1)
+        # All minibatches at once, which is faster than one by one.
+        drawn = [replay.draw(args.updates * args.minibatch, rng) for replay in replays]
+        drawn_obs, drawn_q, drawn_features = zip(*drawn)  # each holds a tensor of every game
+        # Of imitation loss, feature loss and share of equal choices, over the round's updates.
+        means = torch.zeros(G, 3, device=device)
+        for first in range(0, args.updates * args.minibatch, args.minibatch):
+            batch = slice(first, first + args.minibatch)
             with autocast:
-                logits, features = student(torch.cat(drawn_obs).to(device))
-            figures = []  # (G, 3): imitation loss, feature loss, share of equal choices
-            for g, (own_logits, own_features) in enumerate(zip(logits.chunk(G), features.chunk(G))):
-                expert_q, expert_features = drawn_q[g].to(device), drawn_features[g].to(device)
-                if args.objective == "policy":
-                    temperature = args.temperature * spreads[g]
-                    imitation = policy_loss(own_logits, expert_q, masks[g], temperature)
-                else:
-                    imitation = q_loss(own_logits, expert_q, masks[g])
-                distance = feature_loss(regressors[g](own_features), expert_features)
-                same = own_logits[:, masks[g]].argmax(1) == expert_q[:, masks[g]].argmax(1)
-                figures.append(torch.stack([imitation, distance, same.float().mean()]))
-            figures = torch.stack(figures)
+                logits, features = student(torch.cat([x[batch] for x in drawn_obs]).to(device))
+            logits = logits.view(G, args.minibatch, 18)
+            expert_q = torch.stack([q_values[batch] for q_values in drawn_q]).to(device)
+            if args.objective == "policy":
+                imitation = policy_loss(logits, expert_q, masks, temperature).mean(1)
+            else:
+                imitation = q_loss(logits, expert_q, masks).mean(1)
+            distances = []
+            for g, own_features in enumerate(features.chunk(G)):
+                expert_features = drawn_features[g][batch].to(device)
+                distances.append(feature_loss(regressors[g](own_features), expert_features))
+            distance = torch.stack(distances)
             # Paper: the sum over the games; here the mean, so that the rate fits any number.
-            loss = (figures[:, 0] + args.feature_weight * figures[:, 1]).mean()  # eq. 4
+            loss = (imitation + args.feature_weight * distance).mean()  # eq. 4
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            means += figures.detach() / args.updates
+            student_choice = logits.masked_fill(~masks, -torch.inf).argmax(2)
+            expert_choice = expert_q.masked_fill(~masks, -torch.inf).argmax(2)
+            agreement = (student_choice == expert_choice).float().mean(1)
+            figures = torch.stack([imitation, distance, agreement], 1).detach()
+            means += figures / args.updates
         step += T * N
 
         grad_norm = nn.utils.get_total_norm([weight.grad for weight in student.parameters()])

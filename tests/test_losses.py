@@ -58,7 +58,7 @@ def test_policy_loss_is_the_cross_entropy_and_its_gradient_the_difference_of_the
     torch.manual_seed(0)
     B, temperature, legal = 7, 0.3, torch.rand(18) < 0.5
     logits, q = torch.randn(B, 18, requires_grad=True), torch.randn(B, 18)
-    loss = policy_loss(logits, q, legal, temperature)
+    loss = policy_loss(logits, q, legal, temperature).mean()
     actions = [a for a in range(18) if legal[a]]
     expected, gradient, scores = 0.0, torch.zeros(B, 18), logits.tolist()
     for b in range(B):
@@ -73,6 +73,21 @@ def test_policy_loss_is_the_cross_entropy_and_its_gradient_the_difference_of_the
     loss.backward()
     torch.testing.assert_close(logits.grad, gradient)
     assert (logits.grad[:, ~legal] == 0).all()
+
+
+def test_imitation_losses_of_games_side_by_side_are_those_of_each_alone():
+    torch.manual_seed(0)
+    logits, q = torch.randn(3, 7, 18), torch.randn(3, 7, 18)
+    legal, temperature = torch.rand(3, 1, 18) < 0.5, torch.rand(3, 1, 1) + 0.1
+    policy, values = policy_loss(logits, q, legal, temperature), q_loss(logits, q, legal)
+    assert policy.shape == values.shape == (3, 7)
+    for g in range(3):
+        for b in range(7):
+            own, expert = logits[g, b, legal[g, 0]], q[g, b, legal[g, 0]]
+            probabilities = torch.softmax(expert / temperature[g].item(), 0)
+            expected = torch.nn.functional.cross_entropy(own, probabilities)
+            torch.testing.assert_close(policy[g, b], expected)
+            torch.testing.assert_close(values[g, b], (own - expert).square().mean())
 
 
 def test_q_loss_sees_legal_actions_only():
@@ -210,7 +225,7 @@ def test_student_reaches_the_policy_of_a_frozen_expert():
         expert_q[:, legal] -= expert_q[:, legal].mean(0)  # otherwise one action is best everywhere
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
     for _ in range(300):
-        loss = policy_loss(student(obs)[0], expert_q, legal, 0.02)
+        loss = policy_loss(student(obs)[0], expert_q, legal, 0.02).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
