@@ -38,7 +38,7 @@ class Args:
     hidden: tuple = (512,)  # fully connected layers
     objective: str = "policy"  # policy, or q: squared error on Q-values, to compare
     temperature: float = 0.3  # of the experts' softmax, times q_spread of their Q-values (paper: 1)
-    feature_weight: float = 0.01  # of feature regression; 0 switches it off (paper: 0, and 0.01)
+    feature_weight: float = 0.1  # of feature regression; 0: none (paper: 0, and 0.01)
     actor: str = "student"  # who plays: student, expert, or both, on half of the lanes each
     epsilon: float = 0.1  # share of random actions of whoever plays
     lanes: int = 16  # emulators of each game
