@@ -6,7 +6,7 @@ the student learns to hold the same policy (policy regression) and, if wanted, f
 the expert's can be read off (feature regression).
 
     python train_mimic.py --steps 10_000 --out runs/smoke  # two minutes
-    python train_mimic.py                     # all of experts/: some 20 minutes on two cores
+    python train_mimic.py                     # all of experts/: 15 to 20 minutes on two cores
     python train_mimic.py --steps 25_000_000  # the paper's length
 
 Output: runs/mimic/ with checkpoint.pt (the same command goes on from it) and log.csv.
@@ -311,7 +311,7 @@ def main(args):
             for replay, mask in zip(replays, legal)
         ]
         temperature = args.temperature * torch.tensor(spreads, device=device).view(G, 1, 1)
-        # All minibatches at once, which is faster than one by one.
+        # All minibatches at once, 28 KB an observation, which is faster than one by one.
         drawn = [replay.draw(args.updates * args.minibatch, rng) for replay in replays]
         drawn_obs, drawn_q, drawn_features = zip(*drawn)  # each holds a tensor of every game
         # Of imitation loss, feature loss and share of equal choices, over the round's updates.
