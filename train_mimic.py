@@ -156,8 +156,8 @@ def q_spread(expert_q, legal):
 def policy_loss(student_logits, expert_q, legal, temperature):
     """Cross-entropy from the expert's softened policy to the student's (eq. 2).
 
-    student_logits, expert_q: (..., 18); legal (bool) and temperature (above 0) may be smaller, as
-    broadcasting has it; returns (...). Only the expert is divided by the temperature (eq. 1): it
+    student_logits, expert_q: (..., 18), in main (games, minibatch, 18); legal (bool, there
+    (games, 1, 18)) and temperature (above 0) are broadcast to them; returns (...). Only the expert is divided by the temperature (eq. 1): it
     turns Q-values, whose scale differs from game to game, into a policy.
     """
     expert_policy = F.softmax(expert_q.masked_fill(~legal, -torch.inf) / temperature, -1)
