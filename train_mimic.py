@@ -157,8 +157,9 @@ def policy_loss(student_logits, expert_q, legal, temperature):
     """Cross-entropy from the expert's softened policy to the student's (eq. 2).
 
     student_logits, expert_q: (..., 18), in main (games, minibatch, 18); legal (bool, there
-    (games, 1, 18)) and temperature (above 0) are broadcast to them; returns (...). Only the expert is divided by the temperature (eq. 1): it
-    turns Q-values, whose scale differs from game to game, into a policy.
+    (games, 1, 18)) and temperature (above 0) are broadcast to them; returns (...). Only the expert
+    is divided by the temperature (eq. 1): it turns Q-values, whose scale differs from game to game,
+    into a policy.
     """
     expert_policy = F.softmax(expert_q.masked_fill(~legal, -torch.inf) / temperature, -1)
     log_policy = F.log_softmax(student_logits.masked_fill(~legal, -torch.inf), -1)
