@@ -244,6 +244,7 @@ def main(args):
 
     legal = [legal_actions(game) for game in games]
     masks = torch.stack(legal)[:, None].to(device)  # (G, 1, 18)
+    lane_masks = torch.stack(legal).repeat_interleave(N, 0)  # (G * N, 18), on the CPU
     expert_nets = [net.to(device, memory_format=torch.channels_last) for net in expert_nets]
     student = AtariNet(**net_args).to(device, memory_format=torch.channels_last)
     # One linear map per game, from the student's features to the expert's.
@@ -277,29 +278,42 @@ def main(args):
     frame = np.stack([info["episode_frame_number"] for _, info in resets])  # (G, N)
     age, returns = torch.zeros((G, N), dtype=torch.int64), np.zeros((G, N))
     student_lanes = {"student": N, "both": N // 2, "expert": 0}[args.actor]
-    student_plays = torch.arange(N) < student_lanes
     stop, next_report = common.Stop(), step
 
     while step < args.steps:
-        # The student (see --actor) plays on all lanes of all games; experts judge what it meets.
+        # The student (see --actor) plays on all lanes of all games.
+        met = []  # at each step, the observations and their ages
         for _ in range(T):
+            met.append((obs, age))
             with torch.inference_mode(), autocast:
                 pictures = obs.to(device)
-                student_logits = student(pictures.flatten(0, 1))[0].cpu().view(G, N, 18)
-                answers = [net(pictures[g]) for g, net in enumerate(expert_nets)]
-            for g, env in enumerate(envs):
-                expert_q, expert_features = (answer.cpu() for answer in answers[g])
-                replays[g].add(obs[g], age[g], expert_q, expert_features)
-                chosen_by = torch.where(student_plays[:, None], student_logits[g], expert_q)
-                env.send(act(chosen_by, legal[g], args.epsilon, rng).numpy())
-            for g, env in enumerate(envs):  # all games have stepped at the same time
-                next_obs, reward, _, _, info = env.recv()
-                game_over = info["episode_frame_number"] < frame[g]  # the counter fell: a new game
-                frame[g], obs[g] = info["episode_frame_number"], torch.from_numpy(next_obs)
-                age[g] = torch.where(torch.from_numpy(game_over), 0, (age[g] + 1).clamp(max=3))
-                returns[g] += reward
-                scores[g].extend(returns[g, game_over & student_plays.numpy()].tolist())
-                returns[g, game_over] = 0
+                chosen_by = student(pictures.flatten(0, 1))[0].view(G, N, 18)
+                if args.actor != "student":
+                    for g, net in enumerate(expert_nets):
+                        chosen_by[g, student_lanes:] = net(pictures[g, student_lanes:])[0]
+            actions = act(chosen_by.flatten(0, 1).cpu(), lane_masks, args.epsilon, rng).view(G, N)
+            for env, action in zip(envs, actions.numpy()):
+                env.send(action)
+            received = [env.recv() for env in envs]  # all games have stepped at the same time
+            next_obs, reward, _, _, info = zip(*received)
+            obs = torch.from_numpy(np.stack(next_obs))
+            frame_before, frame = frame, np.stack([i["episode_frame_number"] for i in info])
+            game_over = frame < frame_before  # the counter fell: a new game
+            age = torch.where(torch.from_numpy(game_over), 0, (age + 1).clamp(max=3))
+            returns += np.stack(reward)
+            for g in range(G):
+                ended = game_over[g, :student_lanes]
+                scores[g].extend(returns[g, :student_lanes][ended].tolist())
+            returns[game_over] = 0
+
+        # Each game's expert judges what was met, once and all of it together, which is faster.
+        all_obs, all_age = (torch.stack(entries, 1) for entries in zip(*met))  # (G, T, N, ...)
+        for g, net in enumerate(expert_nets):
+            with torch.inference_mode(), autocast:
+                expert_q, expert_features = net(all_obs[g].flatten(0, 1).to(device))
+            q_values, features = (x.cpu().view(T, N, -1) for x in (expert_q, expert_features))
+            for t in range(T):
+                replays[g].add(all_obs[g, t], all_age[g, t], q_values[t], features[t])
 
         # The student learns to agree with them, from equally many observations of each game.
         # Paper: a constant rate, and 10,000 steps are played before the first update.

@@ -67,12 +67,16 @@ def bare_emulator(games, lanes):
     return rate(step, len(games) * lanes)
 
 
-def bare_network(args, batch, learning, autocast, optimizer=RADAM):
-    """Observations per second, acting on a batch or learning from it."""
+def bare_network(args, batch, learning, autocast, optimizer=RADAM, regressors=()):
+    """Observations per second, acting on a batch or learning from it.
+
+    regressors: the widths of the experts' features, one linear map for each, which learn as well.
+    """
     net = AtariNet(args.channels, args.hidden).to(memory_format=torch.channels_last)
+    maps = torch.nn.ModuleList(torch.nn.Linear(args.hidden[-1], width) for width in regressors)
     obs = torch.randint(256, (batch, 4, 84, 84), dtype=torch.uint8)
     obs = obs.to(memory_format=torch.channels_last)
-    optimizer = optimizer(net.parameters())
+    optimizer = optimizer([*net.parameters(), *maps.parameters()])
 
     def forward():
         with torch.inference_mode(), autocast:
@@ -80,9 +84,12 @@ def bare_network(args, batch, learning, autocast, optimizer=RADAM):
 
     def learn():
         with autocast:
-            scores, _ = net(obs)
+            scores, features = net(obs)
+        loss = scores.square().mean()
+        for regressor, part in zip(maps, features.chunk(max(len(maps), 1))):
+            loss = loss + regressor(part).square().mean()
         optimizer.zero_grad()
-        scores.square().mean().backward()
+        loss.backward()
         optimizer.step()
 
     return rate(learn if learning else forward, batch)
@@ -199,8 +206,9 @@ def main(stage, count=None):
         G, N = len(games), args.lanes
         emulator = bare_emulator(games, N)
         acting = bare_network(args, G * N, False, autocast)
-        labelling = bare_network(expert, N, False, autocast)
-        learning = bare_network(args, G * args.minibatch, True, autocast, ADAM)
+        labelling = bare_network(expert, args.rollout * N, False, autocast)
+        widths = G * [expert.hidden[-1]]
+        learning = bare_network(args, G * args.minibatch, True, autocast, ADAM, widths)
         reuse = args.updates * args.minibatch / (args.rollout * N)
         limit = 1 / (1 / emulator + 1 / acting + 1 / labelling + reuse / learning)
         bare = f"acting {acting:,.0f}, experts {labelling:,.0f}, learning {learning:,.0f}"
