@@ -1,13 +1,13 @@
 """Stage 2 of Actor-Mimic: train one network to play the games of all experts, by imitating them.
 
 Section 3 of the paper. The student plays every game itself. On each picture that it meets, that
-game's expert says how good every action is (Q-values). A softmax turns this into a policy, and
-the student learns to hold the same policy (policy regression) and, if wanted, features from which
-the expert's can be read off (feature regression).
+game's expert says how good every action is (Q-values). A softmax turns this into a policy,
+and the student learns to hold the same policy (policy regression) and, if wanted, features from
+which the expert's can be read off (feature regression).
 
-    python train_mimic.py --steps 10_000 --out runs/smoke  # two minutes
-    python train_mimic.py                     # all of experts/: 15 to 20 minutes on two cores
-    python train_mimic.py --steps 25_000_000  # the paper's length
+    python train_mimic.py --steps 10_000 --out runs/smoke  # a minute or two
+    python train_mimic.py                                  # all of experts/
+    python train_mimic.py --steps 25_000_000 --out runs/paper  # the paper's length: 35 hours
 
 Output: runs/mimic/ with checkpoint.pt (the same command goes on from it) and log.csv.
 """
@@ -37,9 +37,9 @@ class Args:
     channels: tuple = (32, 64, 64)  # convolutions: kernels 8, 4, 3, 3 with strides 4, 2, 1, 1
     hidden: tuple = (512,)  # fully connected layers
     objective: str = "policy"  # policy, or q: squared error on Q-values, to compare
-    temperature: float = 0.3  # of the experts' softmax, times q_spread of their Q-values (paper: 1)
+    temperature: float = 0.3  # of the experts' softmax, in units of q_spread (paper: 1, plain)
     feature_weight: float = 0.1  # of feature regression; 0: none (paper: 0, and 0.01)
-    actor: str = "student"  # who plays: student, expert, or both, on half of the lanes each
+    actor: str = "student"  # who plays: student, expert (no scores in the log), or both by halves
     epsilon: float = 0.1  # share of random actions of whoever plays
     lanes: int = 16  # emulators of each game
     rollout: int = 16  # steps of each lane between two rounds of learning
@@ -189,7 +189,8 @@ class FrameReplay:
 
     def __init__(self, steps, lanes, features):
         self.frames = torch.zeros((steps, lanes, 84, 84), dtype=torch.uint8)
-        self.age = torch.zeros((steps, lanes), dtype=torch.int64)  # earlier frames, at most 3
+        # Earlier frames of the same game, at most 3.
+        self.age = torch.zeros((steps, lanes), dtype=torch.int64)
         self.q_values = torch.zeros((steps, lanes, 18))
         self.features = torch.zeros((steps, lanes, features), dtype=torch.half)
         self.added = 0  # steps so far; step i lies in slot i % steps
@@ -242,9 +243,8 @@ def main(args):
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed)  # explores, draws and seeds the emulators
 
-    legal = [legal_actions(game) for game in games]
-    masks = torch.stack(legal)[:, None].to(device)  # (G, 1, 18)
-    lane_masks = torch.stack(legal).repeat_interleave(N, 0)  # (G * N, 18), on the CPU
+    legal = torch.stack([legal_actions(game) for game in games])  # (G, 18)
+    masks = legal[:, None].to(device)  # (G, 1, 18)
     expert_nets = [net.to(device, memory_format=torch.channels_last) for net in expert_nets]
     student = AtariNet(**net_args).to(device, memory_format=torch.channels_last)
     # One linear map per game, from the student's features to the expert's.
@@ -269,7 +269,10 @@ def main(args):
 
     replays = [FrameReplay(args.replay // N, N, width) for width in widths]
     log = common.Log(out, saved)
-    log.header(args, device, autocast, student, sum(r.frames.nbytes for r in replays))
+    obs_buffer = torch.zeros((G, T, N, 4, 84, 84), dtype=torch.uint8)
+    age_buffer = torch.zeros((G, T, N), dtype=torch.int64)
+    buffers = [obs_buffer, *(replay.frames for replay in replays)]
+    log.header(args, device, autocast, student, sum(buffer.nbytes for buffer in buffers))
     print(f"{G} games: {', '.join(games)}; {args.updates} updates every {T * N:,} steps of each")
 
     envs = [make_envs(game, N) for game in games]
@@ -281,24 +284,26 @@ def main(args):
     stop, next_report = common.Stop(), step
 
     while step < args.steps:
-        # The student (see --actor) plays on all lanes of all games.
-        met = []  # at each step, the observations and their ages
-        for _ in range(T):
-            met.append((obs, age))
+        # Play T steps on all lanes of all games; --actor says whose actions count.
+        for t in range(T):
+            obs_buffer[:, t], age_buffer[:, t] = obs, age
             with torch.inference_mode(), autocast:
-                pictures = obs.to(device)
-                chosen_by = student(pictures.flatten(0, 1))[0].view(G, N, 18)
+                device_obs = obs.to(device)
+                scores_of_actions = student(device_obs.flatten(0, 1))[0].view(G, N, 18)
                 if args.actor != "student":
                     for g, net in enumerate(expert_nets):
-                        chosen_by[g, student_lanes:] = net(pictures[g, student_lanes:])[0]
-            actions = act(chosen_by.flatten(0, 1).cpu(), lane_masks, args.epsilon, rng).view(G, N)
-            for env, action in zip(envs, actions.numpy()):
+                        expert_q, _ = net(device_obs[g, student_lanes:])
+                        scores_of_actions[g, student_lanes:] = expert_q
+            scores_of_actions = scores_of_actions.flatten(0, 1).cpu()
+            actions = act(scores_of_actions, legal.repeat_interleave(N, 0), args.epsilon, rng)
+            for env, action in zip(envs, actions.view(G, N).numpy()):
                 env.send(action)
-            received = [env.recv() for env in envs]  # all games have stepped at the same time
-            next_obs, reward, _, _, info = zip(*received)
+            # All games have stepped at the same time.
+            next_obs, reward, _, _, infos = zip(*(env.recv() for env in envs))
             obs = torch.from_numpy(np.stack(next_obs))
-            frame_before, frame = frame, np.stack([i["episode_frame_number"] for i in info])
-            game_over = frame < frame_before  # the counter fell: a new game
+            next_frame = np.stack([info["episode_frame_number"] for info in infos])
+            game_over = next_frame < frame  # the counter fell: a new game
+            frame = next_frame
             age = torch.where(torch.from_numpy(game_over), 0, (age + 1).clamp(max=3))
             returns += np.stack(reward)
             for g in range(G):
@@ -307,13 +312,12 @@ def main(args):
             returns[game_over] = 0
 
         # Each game's expert judges what was met, once and all of it together, which is faster.
-        all_obs, all_age = (torch.stack(entries, 1) for entries in zip(*met))  # (G, T, N, ...)
         for g, net in enumerate(expert_nets):
             with torch.inference_mode(), autocast:
-                expert_q, expert_features = net(all_obs[g].flatten(0, 1).to(device))
+                expert_q, expert_features = net(obs_buffer[g].flatten(0, 1).to(device))
             q_values, features = (x.cpu().view(T, N, -1) for x in (expert_q, expert_features))
             for t in range(T):
-                replays[g].add(all_obs[g, t], all_age[g, t], q_values[t], features[t])
+                replays[g].add(obs_buffer[g, t], age_buffer[g, t], q_values[t], features[t])
 
         # The student learns to agree with them, from equally many observations of each game.
         # Paper: a constant rate, and 10,000 steps are played before the first update.
@@ -346,7 +350,7 @@ def main(args):
                 expert_features = drawn_features[g][batch].to(device)
                 distances.append(feature_loss(regressors[g](own_features), expert_features))
             distance = torch.stack(distances)
-            # Paper: the sum over the games; here the mean, so that the rate fits any number.
+            # Paper: the sum over the games; here the mean: the same to Adam, and easier to compare.
             loss = (imitation + args.feature_weight * distance).mean()  # eq. 4
             optimizer.zero_grad()
             loss.backward()
@@ -358,7 +362,7 @@ def main(args):
             means += figures / args.updates
         step += T * N
 
-        grad_norm = nn.utils.get_total_norm([weight.grad for weight in student.parameters()])
+        grad_norm = nn.utils.get_total_norm([weight.grad for weight in weights])
         common.check_finite(loss + grad_norm, step, out)
 
         # Once in a while: look, save, report.
@@ -370,9 +374,9 @@ def main(args):
                 imitation, distance, agreement = means[g].tolist()
                 row |= {
                     f"{game}_score": recent,
-                    # A hint only: each of the two scores holds its own run's random actions.
+                    # A hint only: both are scores of training, with its random actions.
                     f"{game}_percent": 100 * recent / goal if goal > 0 else math.nan,
-                    # Share of the last round's minibatches on which both prefer the same action.
+                    # Share of the last round's drawn observations on which both prefer one action.
                     f"{game}_agreement": agreement,
                     f"{game}_{args.objective}_loss": imitation,
                     f"{game}_feature_loss": distance,

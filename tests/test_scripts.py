@@ -160,6 +160,45 @@ def test_ideas_of_the_mimic_can_be_switched(copy, flags):
     assert not same(one, other)
 
 
+@pytest.mark.parametrize("actor", ["student", "both", "expert"])
+def test_each_expert_judges_what_its_own_game_shows(copy, monkeypatch, actor):
+    module = importlib.import_module("train_mimic")
+    added, acted, N = {}, [], 4
+
+    def add(replay, *entry):  # in the order in which the loop adds: steps of one game at a time
+        added.setdefault(id(replay), []).append([part.clone() for part in entry])
+
+    def send(env, actions):
+        acted.append(actions.copy())
+        plain_send(env, actions)
+
+    plain_send = module.AtariVectorEnv.send
+    monkeypatch.setattr(module.AtariVectorEnv, "send", send)
+    monkeypatch.setattr(module.FrameReplay, "add", add)
+    monkeypatch.setattr(module, "q_spread", lambda *_: sys.exit("the labels are there"))
+    monkeypatch.setattr(module.common, "Stop", lambda: False)  # leaves pytest's Ctrl-C alone
+    paths = [f"{copy}/runs/expert-{game}/expert.pt" for game in ("pong", "boxing")]
+    flags = {"lanes": N, "rollout": 8, "epsilon": 0.0, "precision": "float32", "actor": actor}
+    with pytest.raises(SystemExit, match="the labels"):
+        module.main(module.Args(experts=tuple(paths), out=str(copy / "runs/new"), **flags))
+    by_experts = {"student": [], "both": [2, 3], "expert": [0, 1, 2, 3]}[actor]
+    for g, (path, entries) in enumerate(zip(paths, added.values(), strict=True)):
+        expert, net = module.load_expert(path)
+        legal = torch.zeros(18, dtype=torch.bool)
+        legal[expert["legal"]] = True
+        assert len(entries) == 8
+        for t, (obs, age, q_values, features) in enumerate(entries):
+            with torch.no_grad():
+                wanted_q, wanted_features = net(obs)
+            torch.testing.assert_close(q_values, wanted_q)
+            torch.testing.assert_close(features, wanted_features)
+            if t > 0:  # no game ends this early: the stack moves on by one frame
+                assert torch.equal(obs[:, :3], entries[t - 1][0][:, 1:])
+            assert age.tolist() == N * [min(t, 3)]
+            greedy = wanted_q.masked_fill(~legal, -torch.inf).argmax(1)
+            assert acted[2 * t + g][by_experts].tolist() == greedy[by_experts].tolist()
+
+
 def test_the_readme_shows_one_picture_under_the_mask_of_each_game(copy):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     (copy / "masks.py").write_text(code + "    print(logits.tolist())\n")
