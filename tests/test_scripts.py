@@ -769,6 +769,7 @@ def test_every_command_that_is_written_down_parses(path):
     )
     assert commands
     for command in commands:
+        command = re.sub(r"\$\w+", "1", command)  # a shell's loop variable
         script, *flags = shlex.split(command.rstrip(" |.,)"))
         files = [f for f in flags if f.startswith(("experts/", "results/")) and "*" not in f]
         assert all((ROOT / file).exists() for file in files), command
