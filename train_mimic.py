@@ -31,7 +31,7 @@ from torch import nn
 @dataclass(frozen=True)
 class Args:
     experts: tuple = ()  # checkpoints of stage 1, each for another game (none: all of experts/)
-    steps: int = 220_000  # agent decisions in each game, 4 frames each (paper: 25_000_000)
+    steps: int = 350_000  # agent decisions in each game, 4 frames each (paper: 25_000_000)
     seed: int = 1  # of the weights, exploration, replay and emulators
     out: str = "runs/mimic"  # folder of the run
     channels: tuple = (32, 64, 64)  # convolutions: kernels 8, 4, 3, 3 with strides 4, 2, 1, 1
