@@ -55,6 +55,8 @@ except ImportError:  # Windows: two runs in one folder are not noticed
 FORMAT = "actor-mimic-1"
 NEEDED = {"games", "step", "minutes", "args", "net_args", "net", "score", "scores"}
 NEEDED_OF_MIMIC = {"regressors", "experts", "marks"}  # besides
+# Flags that may change when a run goes on; an expert is known by its mark, whatever its path.
+MAY_CHANGE = {"out", "steps", "device", "precision", "experts"}
 
 
 class UserError(Exception):
@@ -160,15 +162,22 @@ def run(main, cls):
     """Parse the command line and call main(args); a UserError is one line and exit status 2."""
     try:
         keep_freed_memory()
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show
         main(parse_args(cls))
     except UserError as error:
         message = str(error)
+    except BrokenPipeError:  # `| head`, or Ctrl-C has ended `| tee`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        message = "nobody reads the output; the same command goes on from the last save"
     except OSError as error:  # a full disk, a folder that may not be written
         message = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("memory|Storage size", str(error)):
             raise
-        message = "not enough memory: try fewer --lanes (evaluate.py: fewer --games)"
+        message = (
+            "not enough memory: lower the largest of --lanes, --rollout, --replay, --updates, "
+            "--minibatch, --channels and --hidden (evaluate.py: --games)"
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -294,6 +303,8 @@ def load_checkpoint(path, stages):
         if zipfile.ZipFile(path).testzip():  # checksums, which torch does not look at
             raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception:  # on noise the unpickler may fail in any way
         raise UserError(f"{path} is damaged, or not a checkpoint of this project") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
@@ -332,10 +343,10 @@ def load_state(checkpoint, net, optimizer, rng, path):
         raise UserError(f"the optimizer's state in {path} is damaged; name another --out") from None
 
 
-def open_run(folder, stage, args, may_change=("out", "steps", "device", "precision")):
+def open_run(folder, stage, args):
     """Return the checkpoint that this command's run goes on from, or None for a new run.
 
-    may_change: the flags that may differ when a run is continued. Raises UserError if the folder
+    Flags of MAY_CHANGE may differ when a run is continued. Raises UserError if the folder
     holds a run of another stage or with other flags: nothing is written over.
     """
     folder = Path(folder)
@@ -349,7 +360,7 @@ def open_run(folder, stage, args, may_change=("out", "steps", "device", "precisi
     checkpoint = load_checkpoint(folder, (stage,))
     for name, now in plain(args).items():
         before = checkpoint["args"].get(name)
-        if name not in may_change and before != now:
+        if name not in MAY_CHANGE and before != now:
             flag = name.replace("_", "-")
             raise UserError(
                 f"{folder} holds a run with --{flag} {before}, but this command says {now}; "
@@ -432,11 +443,14 @@ class Log:
         """Append step, minutes and a dict of numbers, with the header if the file is new."""
         row = {"step": step, "minutes": self.minutes(), **row}
         new = not self.path.exists() or self.path.stat().st_size == 0
-        with open(self.path, "a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if new:
-                writer.writerow(row)
-            writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
+        try:
+            with open(self.path, "a", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                if new:
+                    writer.writerow(row)
+                writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
+        except OSError as error:
+            raise UserError(f"could not write {self.path} ({error})") from None
 
     def line(self, step, steps, text):
         """Print progress, text, speed and time left; the first line sets the clock for these."""

@@ -276,7 +276,8 @@ def find_teachers(mimic):
         except common.UserError:
             pass
         if game not in teachers:
-            print(f"{path} is gone or has changed: {game} has no expert", file=sys.stderr)
+            why = f"{path} is not here, or has changed since"
+            print(f"{why}: {game} has no expert to be compared with", file=sys.stderr)
     return teachers
 
 
@@ -585,6 +586,9 @@ def main(args):
     autocast = common.pick_autocast(args.precision, device)
     networks, expert_of = load_networks(args, device)  # mistakes show before the games, not after
     curves = group_curves(args.curves)
+    table = out / f"{args.name}.csv"
+    if networks and table.exists() and not table.read_text(errors="replace").startswith("network,"):
+        raise common.UserError(f"{table} is no table of scores: choose another --name")
     out.mkdir(parents=True, exist_ok=True)
     # May we write there, and is the longest of the names not too long?
     tempfile.NamedTemporaryFile(dir=out, prefix=args.name, suffix="-medians.png").close()
@@ -606,9 +610,9 @@ def main(args):
             row |= columns[row["network"], row["game"]]
         print_table(rows)
         medians = print_summary(results, expert_of)
-        write_csv(rows, out / f"{args.name}.csv")
+        write_csv(rows, table)
         draw_bars(rows, expert_of, out / f"{args.name}.png")
-        print(f"wrote {out / args.name}.csv and .png")
+        print(f"wrote {table} and .png")
         if len(medians) > 1:
             draw_medians(medians, out / f"{args.name}-medians.png")
             print(f"wrote {out / args.name}-medians.png")

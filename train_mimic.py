@@ -66,6 +66,8 @@ class Args:
         common.require_range(self, 1e-6, 1e6, "temperature")  # outside, the softmax is not finite
         common.require(self.out, "--out must name a folder")
         common.require_range(self, 0, 2**31 - 1, "seed", "feature_weight")
+        drawn = self.updates * self.minibatch  # 28 KB each, in memory at once
+        common.require(drawn <= 100_000, "--updates times --minibatch must be at most 100,000")
         enough = self.replay >= 4 * self.lanes
         common.require(enough, "--replay must hold four observations of every lane")
 

@@ -541,6 +541,7 @@ def test_expert_refuses_flags_out_of_range(studio, flags, words):
         ("--objective v", ["--objective"]),
         ("--replay 3", ["--replay"]),
         ("--updates 0", ["--updates"]),
+        ("--updates 1e15 --minibatch 1e15", ["--updates", "--minibatch"]),
         (
             "--experts runs/expert-pong/expert.pt runs/expert-pong/checkpoint.pt",
             ["two experts", "pong"],
@@ -647,6 +648,26 @@ def test_mimic_does_not_go_on_with_other_experts(copy):
     assert done.returncode == 0 and "pong has no expert" in done.stderr
     experts = {row["game"]: row["expert"] for row in rows(copy / "results/table.csv")}
     assert experts["pong"] == "nan" and experts["boxing"] != "nan"
+
+
+def test_mimic_knows_its_experts_by_other_paths(copy):
+    same_experts = MIMIC.replace("runs/expert", f"{copy}/runs/expert")
+    assert "goes on at step 320" in run(copy, same_experts + " --steps 352")
+
+
+def test_evaluate_does_not_write_over_a_log(copy):
+    refused(copy, "evaluate.py --runs runs/mimic --games 1 --out runs/mimic --name log", "log.csv")
+
+
+def test_a_reader_of_the_output_may_leave(copy):
+    command = f"{EXPERT} --game pong --steps 3_000 --out runs/left"
+    options = {"cwd": copy, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, *shlex.split(command)], **options)
+    process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(300) == 2 and error.count("\n") == 1 and "nobody reads" in error
+    assert "goes on at step" in run(copy, command)
 
 
 def test_mimic_bears_an_expert_that_never_scored(copy):
