@@ -333,7 +333,7 @@ def without_seed(name):
 
 
 def group_seeds(results, expert_of):
-    """Return lists of labels: networks whose names differ only in -s<seed> are one group.
+    """Return [(name, labels)]: networks whose names differ only in -s<seed> are one group.
 
     They have to play the same games and to be compared with the same experts.
     """
@@ -341,7 +341,10 @@ def group_seeds(results, expert_of):
     for label, by_game in results.items():
         teachers = frozenset((game, expert_of[label].get(game)) for game in by_game)
         groups.setdefault((without_seed(label), teachers), []).append(label)
-    return list(groups.values())
+    return [
+        (f"{name} ({len(labels)} seeds)" if len(labels) > 1 else labels[0], labels)
+        for (name, _), labels in groups.items()
+    ]
 
 
 def print_summary(results, expert_of):
@@ -353,9 +356,7 @@ def print_summary(results, expert_of):
     and those of the experts. Returns [(name, (median, low, high))], in per cent of the expert.
     """
     medians = []
-    for labels in group_seeds(results, expert_of):
-        several = len(labels) > 1
-        name = f"{without_seed(labels[0])} ({len(labels)} seeds)" if several else labels[0]
+    for name, labels in group_seeds(results, expert_of):
         games, teachers = list(results[labels[0]]), expert_of[labels[0]]
         own = np.array([[results[label][game] for label in labels] for game in games])
         if len(games) < 2 or own.shape[2] < 2:
@@ -368,7 +369,7 @@ def print_summary(results, expert_of):
             if (experts.mean((1, 2)) > 4 * error).all():
                 median = print_middle(f"{name}, per cent of expert", own, experts)
                 medians.append((name, median))
-                for g, game in enumerate(games if several else []):
+                for g, game in enumerate(games if len(labels) > 1 else []):
                     interval = bootstrap(np.mean, own[g : g + 1], experts[g : g + 1])
                     print(f"  {game}: {show_interval(interval)}")
         if all(game in REFERENCE for game in games):
@@ -400,11 +401,12 @@ def write_csv(rows, path):
             writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
 
 
-def draw_bars(rows, expert_of, path):
+def draw_bars(rows, groups, expert_of, path):
     """Draw the scores of all networks that are not experts in per cent of the expert, per game.
 
-    The paper's network stands beside them, in per cent of its own experts. Without such networks,
-    or without experts to compare them with, scores are in per cent of a human's.
+    Seeds of one thing are one bar, their mean, and a dot each. The paper's network stands beside
+    them, in per cent of its own experts. Without such networks, or without experts to compare them
+    with, scores are in per cent of a human's.
     """
     pupils = [row for row in rows if row["network"] != expert_of[row["network"]].get(row["game"])]
     if all(row["network"] == "random" for row in pupils):
@@ -417,21 +419,27 @@ def draw_bars(rows, expert_of, path):
         for game in [game for game in games if game in PAPER]:
             dqn, amn = PAPER[game]
             rows.append({"network": label, "game": game, "mean": amn, unit: 100 * amn / dqn})
-    labels = list(dict.fromkeys(row["network"] for row in rows))
-    size = max(1.2 * len(games), 0.25 * len(rows))
+    name_of = {label: name for name, labels in groups for label in labels}
+    bars = {}  # {name: {game: rows of its seeds}}
+    for row in rows:
+        name = name_of.get(row["network"], row["network"])
+        bars.setdefault(name, {}).setdefault(row["game"], []).append(row)
+    size = max(1.2 * len(games), 0.25 * sum(map(len, bars.values())))
     figure = Figure(figsize=(4 + size, 4), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / max(sum(row["game"] == game for row in rows) for game in games)
+    width = 0.8 / max(sum(game in mine for mine in bars.values()) for game in games)
     used = dict.fromkeys(games, 0)  # bars drawn above each game so far
-    for label in labels:
-        mine = [row for row in rows if row["network"] == label]
-        x = [games.index(row["game"]) + used[row["game"]] * width for row in mine]
-        bars = axes.bar(x, [row[unit] for row in mine], width, label=label)
-        means = [row["mean"] for row in mine]
-        texts = [f"{mean:,.0f}" if abs(mean) >= 100 else f"{mean:.1f}" for mean in means]
-        axes.bar_label(bars, texts, fontsize=7, padding=2)
-        for row in mine:
-            used[row["game"]] += 1
+    for name, mine in bars.items():
+        x = [games.index(game) + used[game] * width for game in mine]
+        percents = [[row[unit] for row in seeds] for seeds in mine.values()]
+        axes.bar(x, [np.mean(seeds) for seeds in percents], width, label=name)
+        for place, game, seeds in zip(x, mine, percents):
+            if len(seeds) > 1:
+                axes.plot([place] * len(seeds), seeds, ".", color="black", markersize=4)
+            mean = np.mean([row["mean"] for row in mine[game]])
+            text = f"{mean:,.0f}" if abs(mean) >= 100 else f"{mean:.1f}"
+            axes.text(place, max(0, *seeds), text, fontsize=7, ha="center", va="bottom")
+            used[game] += 1
     middles = [i + (used[game] - 1) / 2 * width for i, game in enumerate(games)]
     axes.set_xticks(middles, [game.replace("_", "\n") for game in games], fontsize=8)
     axes.axhline(100, color="grey", linewidth=0.8)
@@ -611,7 +619,8 @@ def main(args):
         print_table(rows)
         medians = print_summary(results, expert_of)
         write_csv(rows, table)
-        draw_bars(rows, expert_of, out / f"{args.name}.png")
+        groups = group_seeds(results, expert_of)
+        draw_bars(rows, groups, expert_of, out / f"{args.name}.png")
         print(f"wrote {table} and .png")
         if len(medians) > 1:
             draw_medians(medians, out / f"{args.name}-medians.png")
