@@ -77,6 +77,7 @@ rcParams["text.parse_math"] = False  # a $ in the name of a run is no formula
 
 # Half-widths of a 95 % interval of a mean, in standard errors, by number of seeds (Student's t).
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+MEDIAN = "median of all games"  # a panel of the curves, beside those of games
 
 
 @dataclass(frozen=True)
@@ -476,7 +477,7 @@ def read_log(path):
         log = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
     except (OSError, ValueError, TypeError, IndexError, csv.Error):
         log = {}
-    if "step" not in log or not any(name.endswith("_score") for name in log):
+    if not {"step", "minutes"} <= log.keys() or not any(name.endswith("_score") for name in log):
         raise common.UserError(f"{path} is not a log of this project")
     return log
 
@@ -484,7 +485,8 @@ def read_log(path):
 def group_curves(paths):
     """Read logs as {game: {label: [(steps, scores, goal), ...]}}, with one label for all seeds.
 
-    goal is the training score of a mimic's expert, and nan in the logs of other stages.
+    goal is the training score of a mimic's expert, and nan in the logs of other stages. What a
+    mimic has of its experts in the median game stands under MEDIAN, as (minutes, per cent, 100).
     A run is named by its folder, or its file: expert-<game>, mimic, transfer-<game>-<arm>-s<seed>.
     """
     groups, named = {}, {}
@@ -501,6 +503,10 @@ def group_curves(paths):
             goal = 100 * log[column][known][-1] / percent[known][-1] if known.any() else math.nan
             curve = log["step"], log[column], goal
             groups.setdefault(game, {}).setdefault(label, []).append(curve)
+        percents = [values for column, values in log.items() if column.endswith("_percent")]
+        if len(percents) > 1:
+            curve = log["minutes"], np.median(percents, 0), 100.0  # nan until each has a score
+            groups.setdefault(MEDIAN, {}).setdefault(label, []).append(curve)
     return groups
 
 
@@ -509,8 +515,8 @@ def draw_curves(groups, path):
 
     Curves end where the shortest seed's log does.
     """
-    columns = min(len(groups), 4)
-    lines = math.ceil(len(groups) / columns)
+    lines = math.ceil(len(groups) / 4)
+    columns = math.ceil(len(groups) / lines)
     figure = Figure(figsize=(4.5 * columns, 3.4 * lines), layout="constrained")
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for panel in panels[len(groups) :]:
@@ -533,7 +539,8 @@ def draw_curves(groups, path):
         elif game in PAPER:
             label = "paper's expert, at its end"
             panel.axhline(PAPER[game][0], color="grey", linestyle="dashed", label=label)
-        panel.set(title=game.replace("_", " "), xlabel="steps", ylabel="score")
+        x, y = ("minutes", "% of the expert") if game == MEDIAN else ("steps", "score")
+        panel.set(title=game.replace("_", " "), xlabel=x, ylabel=y)
         panel.legend(fontsize=8)
         panel.locator_params(nbins=5)
     save_figure(figure, path)

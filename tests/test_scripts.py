@@ -6,6 +6,7 @@ What they hand over, what a stop or a crash loses, what bad input gets, and the 
 import ast
 import csv
 import importlib
+import math
 import os
 import pickle
 import re
@@ -23,7 +24,7 @@ import pytest
 import torch
 
 from common import UserError, load_checkpoint, load_state, parse_args, save_checkpoint
-from evaluate import group_curves
+from evaluate import MEDIAN, group_curves
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_expert", "train_mimic", "transfer", "evaluate")
@@ -287,6 +288,12 @@ def test_evaluate_measures_draws_and_films(copy):
     shutil.copytree(log.parent, copy / "other/expert-pong")  # would pass for a second seed
     with pytest.raises(UserError, match="both named expert-pong"):
         group_curves([log, copy / "other/expert-pong/log.csv"])
+    log = copy / "results/two.csv"
+    head = "step,minutes,pong_score,pong_percent,krull_score,krull_percent,lynx_score,lynx_percent"
+    log.write_text(f"{head}\n10,1,3,20,4,30,5,nan\n20,2,3,60,5,40,6,50\n")
+    ((minutes, percent, goal),) = group_curves([log])[MEDIAN]["two"]
+    assert minutes.tolist() == [1, 2] and goal == 100
+    assert math.isnan(percent[0]) and percent[1] == 50  # not before each game has a score
     for name in ("table.png", "table-curves.png"):
         assert (copy / "results" / name).read_bytes().startswith(b"\x89PNG")
     assert (copy / "results/table.gif").read_bytes().startswith(b"GIF8")
