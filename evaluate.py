@@ -10,9 +10,9 @@ A score is the raw return of a whole game, played with epsilon 0.05 after 0 to 2
     python evaluate.py --runs runs/mimic --games 1 --gif --name film  # a film of all its games
 
 Output: the table, also as results/table.csv; bars in table.png, learning curves in
-table-curves.png, the film in table.gif, and of several networks of several games one median each in
-table-medians.png. --out and --name choose another folder and another name. Networks and logs whose
-names differ only in -s<seed> are seeds of one thing, and get an interval over seeds.
+table-curves.png, the film in table.gif. --out and --name choose another folder and another name.
+Networks and logs whose names differ only in -s<seed> are seeds of one thing, and get an interval
+over seeds.
 """
 
 import csv
@@ -34,7 +34,8 @@ from matplotlib import animation, rcParams
 from matplotlib.figure import Figure
 from torch import nn
 
-# Score of a random player, of a human (both as in most papers; no-op starts), and of DQN (2015).
+# Scores of a random player and of a human (no-op starts; the set of DQN Zoo and most papers since
+# 2016, not that of DQN's own), and of DQN (Mnih et al., 2015).
 REFERENCE = {
     "assault": (222.4, 742.0, 3359),
     "atlantis": (12850.0, 29028.1, 85641),
@@ -163,7 +164,7 @@ class AtariNet(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
                 nn.init.zeros_(layer.bias)
-        # Of equal scores argmax takes the no-op, which in some games never meets a reward.
+        # Small, not zero: of equal scores argmax takes the no-op, and then Enduro never scores.
         nn.init.orthogonal_(self.head.weight, 0.01)
         nn.init.zeros_(self.head.bias)
 
@@ -354,9 +355,8 @@ def print_summary(results, expert_of):
     Scores are in per cent of the experts' mean scores, or normalised with random and human scores:
     100 * (score - random) / (human - random). The median is over the games' means, the
     interquartile mean over all single scores. Intervals resample the seeds, the games they played
-    and those of the experts. Returns [(name, (median, low, high))], in per cent of the expert.
+    and those of the experts.
     """
-    medians = []
     for name, labels in group_seeds(results, expert_of):
         games, teachers = list(results[labels[0]]), expert_of[labels[0]]
         own = np.array([[results[label][game] for label in labels] for game in games])
@@ -368,24 +368,21 @@ def print_summary(results, expert_of):
             # no resample of its games has a mean of 0 or less.
             error = experts.std((1, 2)) / math.sqrt(experts.shape[2])
             if (experts.mean((1, 2)) > 4 * error).all():
-                median = print_middle(f"{name}, per cent of expert", own, experts)
-                medians.append((name, median))
+                print_middle(f"{name}, per cent of expert", own, experts)
                 for g, game in enumerate(games if len(labels) > 1 else []):
                     interval = bootstrap(np.mean, own[g : g + 1], experts[g : g + 1])
                     print(f"  {game}: {show_interval(interval)}")
         if all(game in REFERENCE for game in games):
             low, high, _ = np.array([REFERENCE[game] for game in games]).T[:, :, None, None]
             print_middle(f"{name}, per cent of human", own - low, high - low)
-    return medians
 
 
 def print_middle(title, own, base):
-    """Print median and interquartile mean of percent(own, base), and return the median's."""
+    """Print median and interquartile mean of percent(own, base)."""
     median = bootstrap(lambda scores: np.median(scores.mean((1, 2))), own, base)
     middle = bootstrap(interquartile_mean, own, base)
     text = f"median {show_interval(median)}, interquartile mean {show_interval(middle)}"
     print(f"{title}: {text}")
-    return median
 
 
 def show_interval(interval):
@@ -405,20 +402,19 @@ def write_csv(rows, path):
 def draw_bars(rows, groups, expert_of, path):
     """Draw the scores of all networks that are not experts in per cent of the expert, per game.
 
-    Seeds of one thing are one bar, their mean, and a dot each. The paper's network stands beside
-    them, in per cent of its own experts. Without such networks, or without experts to compare them
-    with, scores are in per cent of a human's.
+    Seeds of one thing are one bar, their mean, and a dot each. Where all the paper's games are
+    there, its network stands beside them, in per cent of its own experts. Without such networks,
+    or without experts to compare them with, scores are in per cent of a human's.
     """
-    pupils = [row for row in rows if row["network"] != expert_of[row["network"]].get(row["game"])]
-    if all(row["network"] == "random" for row in pupils):
-        pupils = []  # then the experts themselves are what is shown
-    unit = "% human" if all(math.isnan(row["% expert"]) for row in pupils) else "% expert"
-    rows = pupils or rows
+    students = [row for row in rows if row["network"] != expert_of[row["network"]].get(row["game"])]
+    if all(row["network"] == "random" for row in students):
+        students = []  # then the experts themselves are what is shown
+    unit = "% human" if all(math.isnan(row["% expert"]) for row in students) else "% expert"
+    rows = students or rows
     games = list(dict.fromkeys(row["game"] for row in rows))
-    if unit == "% expert":
+    if unit == "% expert" and PAPER.keys() <= set(games):
         label = "paper's, of its own experts"
-        for game in [game for game in games if game in PAPER]:
-            dqn, amn = PAPER[game]
+        for game, (dqn, amn) in PAPER.items():
             rows.append({"network": label, "game": game, "mean": amn, unit: 100 * amn / dqn})
     name_of = {label: name for name, labels in groups for label in labels}
     bars = {}  # {name: {game: rows of its seeds}}
@@ -446,20 +442,6 @@ def draw_bars(rows, groups, expert_of, path):
     axes.axhline(100, color="grey", linewidth=0.8)
     axes.set_ylabel(f"{unit} (above the bars: score)")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    save_figure(figure, path)
-
-
-def draw_medians(medians, path):
-    """Draw one point with its interval for each of [(name, (median, low, high))]."""
-    figure = Figure(figsize=(7, 1 + 0.3 * len(medians)), layout="constrained")
-    axes = figure.subplots()
-    for place, (_, (median, low, high)) in enumerate(medians):
-        axes.plot([low, high], [place, place], color="C0")
-        axes.plot(median, place, "o", color="C0")
-    axes.set_yticks(range(len(medians)), [name for name, _ in medians], fontsize=8)
-    axes.invert_yaxis()
-    axes.axvline(100, color="grey", linewidth=0.8)
-    axes.set_xlabel("median over games, % expert, with 95 % interval")
     save_figure(figure, path)
 
 
@@ -606,7 +588,7 @@ def main(args):
         raise common.UserError(f"{table} is no table of scores: choose another --name")
     out.mkdir(parents=True, exist_ok=True)
     # May we write there, and is the longest of the names not too long?
-    tempfile.NamedTemporaryFile(dir=out, prefix=args.name, suffix="-medians.png").close()
+    tempfile.NamedTemporaryFile(dir=out, prefix=args.name, suffix="-curves.png").close()
 
     if networks:
         results, columns = {}, {}  # {label: {game: scores}}, {(label, game): further columns}
@@ -624,14 +606,11 @@ def main(args):
         for row in rows:
             row |= columns[row["network"], row["game"]]
         print_table(rows)
-        medians = print_summary(results, expert_of)
+        print_summary(results, expert_of)
         write_csv(rows, table)
         groups = group_seeds(results, expert_of)
         draw_bars(rows, groups, expert_of, out / f"{args.name}.png")
         print(f"wrote {table} and .png")
-        if len(medians) > 1:
-            draw_medians(medians, out / f"{args.name}-medians.png")
-            print(f"wrote {out / args.name}-medians.png")
     if curves:
         draw_curves(curves, out / f"{args.name}-curves.png")
         print(f"wrote {out / args.name}-curves.png")

@@ -40,7 +40,7 @@ class Args:
     seed: int = 1  # of the weights, exploration, shuffling and emulators
     out: str = ""  # folder of the run (empty: runs/expert-<game>)
     channels: tuple = (16, 32, 32)  # kernels 8, 4, 3, 3, strides 4, 2, 1, 1 (paper: 32 64 64)
-    hidden: tuple = (256,)  # fully connected layers (paper: 512); half the width learned faster
+    hidden: tuple = (256,)  # fully connected layers (paper: 512)
     lanes: int = 32  # emulators side by side
     rollout: int = 32  # steps of each lane between two rounds of learning
     epochs: int = 2  # passes over each rollout
@@ -126,7 +126,7 @@ class AtariNet(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
                 nn.init.zeros_(layer.bias)
-        # Of equal scores argmax takes the no-op, which in some games never meets a reward.
+        # Small, not zero: of equal scores argmax takes the no-op, and then Enduro never scores.
         nn.init.orthogonal_(self.head.weight, 0.01)
         nn.init.zeros_(self.head.bias)
 
@@ -183,7 +183,7 @@ def main(args):
     legal = legal_actions(args.game)
     net = AtariNet(**net_args).to(device, memory_format=torch.channels_last)
     # Paper: a copy made every 10,000 steps, which gives targets only. Here the moving average of
-    # net's weights, which also plays: Pong was learned in far fewer steps than without it.
+    # net's weights, which also plays, and is what is saved.
     target = copy.deepcopy(net)
     # foreach: one call for all weights, not one for each, which is faster.
     optimizer = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)
@@ -251,7 +251,8 @@ def main(args):
             rewards[t] = torch.from_numpy(reward).clamp(-1, 1)
             # A lost life ends the return that is learned from, but not the game that is scored.
             stops[t] = torch.from_numpy(terminated | truncated)
-            game_over = info["episode_frame_number"] < frame  # the counter fell: a new game
+            # A new game, if the emulator's counter fell; terminated may be a lost life alone.
+            game_over = info["episode_frame_number"] < frame
             frame = info["episode_frame_number"]
             if truncated.any():
                 # A time limit ends the game, but not the return: add the value of what it cut off.
@@ -288,8 +289,9 @@ def main(args):
                 slow.lerp_(weight, args.target_rate)  # slow += target_rate * (weight - slow)
         step += T * N
 
-        # Once in a while: look, save, report.
         common.check_finite(loss + grad_norm, step, out)
+
+        # Once in a while: look, save, report.
         if step >= min(next_report, args.steps) or stop:
             next_report = (step // args.report_every + 1) * args.report_every
             row = {

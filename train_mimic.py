@@ -125,7 +125,7 @@ class AtariNet(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
                 nn.init.zeros_(layer.bias)
-        # Of equal scores argmax takes the no-op, which in some games never meets a reward.
+        # Small, not zero: of equal scores argmax takes the no-op, and then Enduro never scores.
         nn.init.orthogonal_(self.head.weight, 0.01)
         nn.init.zeros_(self.head.bias)
 
@@ -326,7 +326,7 @@ def main(args):
         lr = args.lr * min(1, (args.steps - step) / max(args.decay * args.steps, 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # From all of the replay: a minibatch of few states would make the temperature waver.
+        # From all of the replay: of one minibatch alone the temperature would be noisy.
         spreads = [
             q_spread(replay.q_values[: replay.added].flatten(0, 1), mask).item()
             for replay, mask in zip(replays, legal)

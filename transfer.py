@@ -1,8 +1,8 @@
 """Stage 3 of Actor-Mimic: start a new game from the mimic's weights.
 
-Section 3.4 of the paper. This is train_expert.py to the letter, but for the first weights: those
-of the mimic, or in the control random ones. Both arms have the mimic's widths, and the same flags
-and seeds, so where learning starts is the only difference.
+Section 3.4 of the paper. This is train_expert.py with the mimic's widths, and with its weights to
+begin with, or in the control with random ones. Both arms have the same flags and seeds, so where
+learning starts is the only difference.
 
     python transfer.py --steps 50_000 --out runs/smoke    # one minute, to see it run
     python transfer.py --game star_gunner                 # two cores: 20 minutes
@@ -129,7 +129,7 @@ class AtariNet(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
                 nn.init.zeros_(layer.bias)
-        # Of equal scores argmax takes the no-op, which in some games never meets a reward.
+        # Small, not zero: of equal scores argmax takes the no-op, and then Enduro never scores.
         nn.init.orthogonal_(self.head.weight, 0.01)
         nn.init.zeros_(self.head.bias)
 
@@ -195,7 +195,7 @@ def main(args):
             nn.init.orthogonal_(net.head.weight, 0.01)
             nn.init.zeros_(net.head.bias)
     # Paper: a copy made every 10,000 steps, which gives targets only. Here the moving average of
-    # net's weights, which also plays: Pong was learned in far fewer steps than without it.
+    # net's weights, which also plays, and is what is saved.
     target = copy.deepcopy(net)
     # foreach: one call for all weights, not one for each, which is faster.
     optimizer = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)
@@ -263,7 +263,8 @@ def main(args):
             rewards[t] = torch.from_numpy(reward).clamp(-1, 1)
             # A lost life ends the return that is learned from, but not the game that is scored.
             stops[t] = torch.from_numpy(terminated | truncated)
-            game_over = info["episode_frame_number"] < frame  # the counter fell: a new game
+            # A new game, if the emulator's counter fell; terminated may be a lost life alone.
+            game_over = info["episode_frame_number"] < frame
             frame = info["episode_frame_number"]
             if truncated.any():
                 # A time limit ends the game, but not the return: add the value of what it cut off.
@@ -300,8 +301,9 @@ def main(args):
                 slow.lerp_(weight, args.target_rate)  # slow += target_rate * (weight - slow)
         step += T * N
 
-        # Once in a while: look, save, report.
         common.check_finite(loss + grad_norm, step, out)
+
+        # Once in a while: look, save, report.
         if step >= min(next_report, args.steps) or stop:
             next_report = (step // args.report_every + 1) * args.report_every
             row = {
