@@ -417,31 +417,37 @@ def draw_bars(rows, groups, expert_of, path):
         for game, (dqn, amn) in PAPER.items():
             rows.append({"network": label, "game": game, "mean": amn, unit: 100 * amn / dqn})
     name_of = {label: name for name, labels in groups for label in labels}
-    bars = {}  # {name: {game: rows of its seeds}}
+    if not students:
+        experts = {label for by_game in expert_of.values() for label in by_game.values()}
+        name_of |= dict.fromkeys(experts, "its expert")
+    bars = {game: {} for game in games}  # {game: {name: rows of its seeds}}
     for row in rows:
         name = name_of.get(row["network"], row["network"])
-        bars.setdefault(name, {}).setdefault(row["game"], []).append(row)
-    size = max(1.2 * len(games), 0.25 * sum(map(len, bars.values())))
-    figure = Figure(figsize=(4 + size, 4), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / max(sum(game in mine for mine in bars.values()) for game in games)
-    used = dict.fromkeys(games, 0)  # bars drawn above each game so far
-    for name, mine in bars.items():
-        x = [games.index(game) + used[game] * width for game in mine]
-        percents = [[row[unit] for row in seeds] for seeds in mine.values()]
-        axes.bar(x, [np.mean(seeds) for seeds in percents], width, label=name)
-        for place, game, seeds in zip(x, mine, percents):
+        bars[row["game"]].setdefault(name, []).append(row)
+    names = list(dict.fromkeys(name for mine in bars.values() for name in mine))
+    lines = math.ceil(len(games) / 4)
+    columns = math.ceil(len(games) / lines)
+    size = 3 + 2.3 * columns, lines * (0.7 + 0.22 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for panel in panels[len(games) :]:
+        panel.axis("off")
+    for panel, game in zip(panels, games):
+        for name, seeds in bars[game].items():
+            place, percents = names.index(name), [row[unit] for row in seeds]
+            panel.barh(place, np.mean(percents), color=f"C{place % 10}")
             if len(seeds) > 1:
-                axes.plot([place] * len(seeds), seeds, ".", color="black", markersize=4)
-            mean = np.mean([row["mean"] for row in mine[game]])
-            text = f"{mean:,.0f}" if abs(mean) >= 100 else f"{mean:.1f}"
-            axes.text(place, max(0, *seeds), text, fontsize=7, ha="center", va="bottom")
-            used[game] += 1
-    middles = [i + (used[game] - 1) / 2 * width for i, game in enumerate(games)]
-    axes.set_xticks(middles, [game.replace("_", "\n") for game in games], fontsize=8)
-    axes.axhline(100, color="grey", linewidth=0.8)
-    axes.set_ylabel(f"{unit} (above the bars: score)")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+                panel.plot(percents, [place] * len(seeds), ".", color="black", markersize=4)
+            mean = np.mean([row["mean"] for row in seeds])
+            text = f" {mean:,.0f}" if abs(mean) >= 100 else f" {mean:.1f}"
+            panel.text(max(0, *percents), place, text, fontsize=7, va="center")
+        panel.axvline(100, color="grey", linewidth=0.8)
+        panel.set_title(game.replace("_", " "), fontsize=10)
+        panel.set_yticks(range(len(names)), names)
+        panel.tick_params(labelsize=8)
+    panel.margins(x=0.25)
+    panel.invert_yaxis()
+    figure.supxlabel(f"{unit} (beside the bars: score)", fontsize=9)
     save_figure(figure, path)
 
 
