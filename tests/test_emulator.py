@@ -7,6 +7,7 @@ import pytest
 import torch
 from ale_py import Action, ALEInterface, LoggerMode, roms
 
+import evaluate
 from evaluate import bootstrap, interquartile_mean, print_summary
 from train_expert import act, legal_actions, make_envs
 from train_mimic import FrameReplay
@@ -180,6 +181,27 @@ def test_intervals_hold_the_noise_of_the_experts_games_too(capsys):
 
     assert width(np.full(30, 20.0)) == 0
     assert width(20 + 10 * np.linspace(-1, 1, 30)) > 5
+
+
+def test_the_figure_has_a_bar_for_each_group_of_seeds(monkeypatch):
+    figures = []
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: figures.append(figure))
+    games = ("pong", "krull")
+    results = {
+        label: {game: np.full(3, mean) for game in games}
+        for label, mean in (("mimic-s1", 4.0), ("mimic-s2", 8.0), ("warm", 15.0), ("teacher", 20.0))
+    }
+    expert_of = {label: dict.fromkeys(games, "teacher") for label in results}
+    rows = evaluate.make_rows(results, expert_of)
+    evaluate.draw_bars(rows, evaluate.group_seeds(results, expert_of), expert_of, "unused")
+    panels = figures[0].axes
+    assert [panel.get_title() for panel in panels] == list(games)
+    names = [text.get_text() for text in panels[0].get_yticklabels()]
+    assert names == ["mimic (2 seeds)", "warm"]
+    for panel in panels:
+        assert [bar.get_width() for bar in panel.patches] == [30, 75]  # per cent of the teacher
+        dots = [line.get_xdata() for line in panel.lines if len(line.get_xdata()) == 2][0]
+        assert list(dots) == [20, 40]
 
 
 def test_intervals_hold_the_seeds_too(capsys):
