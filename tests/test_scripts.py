@@ -670,7 +670,9 @@ def test_a_reader_of_the_output_may_leave(copy):
     command = f"{EXPERT} --game pong --steps 3_000 --out runs/left"
     options = {"cwd": copy, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, *shlex.split(command)], **options)
-    process.stdout.readline()
+    for line in process.stdout:
+        if "score" in line:  # a report, which follows a save
+            break
     process.stdout.close()
     error = process.stderr.read()
     assert process.wait(300) == 2 and error.count("\n") == 1 and "nobody reads" in error
