@@ -185,10 +185,11 @@ def act(scores, legal, epsilon, rng):
     return torch.where(torch.rand(len(scores), generator=rng) < epsilon, random, greedy)
 
 
-def play(net, game, sticky, args, device, autocast):
-    """Play `args.games` whole games side by side and return their scores, (games,) float64.
+def play(net, game, sticky, args, device, autocast, expert=None):
+    """Play `args.games` whole games side by side: scores, (games,) float64, and agreement.
 
-    net: an AtariNet, or None for a random policy.
+    net: an AtariNet, or None for a random policy. Agreement is the share of the pictures it met,
+    in per cent, on which it prefers the action that its expert prefers; nan without an expert.
     """
     envs, legal = make_envs(game, args.games, sticky), legal_actions(game)
     rng = torch.Generator().manual_seed(args.seed)
@@ -196,17 +197,28 @@ def play(net, game, sticky, args, device, autocast):
     frame, scores = info["episode_frame_number"], np.zeros(args.games)
     playing = np.ones(args.games, dtype=bool)  # each lane's first game; what follows is not counted
     logits = torch.zeros(args.games, 18)
+    agreed, met = 0, 0
     while playing.any():
         if net is not None:
+            now = torch.from_numpy(playing)
             with torch.inference_mode(), autocast:
                 pictures = torch.from_numpy(obs[playing]).to(device)
-                logits[torch.from_numpy(playing)] = net(pictures)[0].cpu()
+                logits[now] = net(pictures)[0].cpu()
+                if expert is not None:
+                    expert_q = expert(pictures)[0].cpu()
+                    agreed += (best(logits[now], legal) == best(expert_q, legal)).sum().item()
+                    met += len(pictures)
         actions = act(logits, legal, args.epsilon if net is not None else 1.0, rng)
         obs, reward, _, _, info = envs.step(actions.numpy())
         scores += reward * playing
         playing &= info["episode_frame_number"] > frame  # the counter falls when a new game begins
         frame = info["episode_frame_number"]
-    return scores
+    return scores, 100 * agreed / met if met else math.nan
+
+
+def best(scores, legal):
+    """Choose the best legal action of each state: (N, 18), (18,) bool -> (N,) int64."""
+    return scores.masked_fill(~legal, -torch.inf).argmax(1)
 
 
 def interquartile_mean(values):
@@ -603,11 +615,16 @@ def main(args):
             for game in games:
                 print(f"{label} plays {args.games} games of {game} ...", flush=True)
                 first, *others = dict.fromkeys(args.sticky)
-                results[label][game] = play(net, game, first, args, device, autocast)
-                columns[label, game] = {
-                    f"sticky {p:g}": play(net, game, p, args, device, autocast).mean()
-                    for p in others
-                }
+                teacher = expert_of[label].get(game)
+                expert = networks[teacher][0] if teacher not in (None, label) else None
+                scores, agreement = play(net, game, first, args, device, autocast, expert)
+                results[label][game], columns[label, game] = scores, {"% agreement": agreement}
+                for p in others:
+                    scores, _ = play(net, game, p, args, device, autocast)
+                    columns[label, game][f"sticky {p:g}"] = scores.mean()
+        if all(math.isnan(further["% agreement"]) for further in columns.values()):
+            for further in columns.values():  # no mimic among them
+                del further["% agreement"]
         rows = make_rows(results, expert_of)
         for row in rows:
             row |= columns[row["network"], row["game"]]

@@ -282,22 +282,23 @@ def main(args):
     obs = torch.stack([torch.from_numpy(first) for first, _ in resets])  # (G, N, 4, 84, 84)
     frame = np.stack([info["episode_frame_number"] for _, info in resets])  # (G, N)
     age, returns = torch.zeros((G, N), dtype=torch.int64), np.zeros((G, N))
-    student_lanes = {"student": N, "both": N // 2, "expert": 0}[args.actor]
+    S = {"student": N, "both": N // 2, "expert": 0}[args.actor]  # lanes that the student plays
     stop, next_report = common.Stop(), step
 
     while step < args.steps:
         # Play T steps on all lanes of all games; --actor says whose actions count.
         for t in range(T):
             obs_buffer[:, t], age_buffer[:, t] = obs, age
+            device_obs, values = obs.to(device), torch.zeros(G, N, 18, device=device)
             with torch.inference_mode(), autocast:
-                device_obs = obs.to(device)
-                scores_of_actions = student(device_obs.flatten(0, 1))[0].view(G, N, 18)
-                if args.actor != "student":
+                if S > 0:
+                    logits, _ = student(device_obs[:, :S].flatten(0, 1))
+                    values[:, :S] = logits.view(G, S, 18)
+                if S < N:
                     for g, net in enumerate(expert_nets):
-                        expert_q, _ = net(device_obs[g, student_lanes:])
-                        scores_of_actions[g, student_lanes:] = expert_q
-            scores_of_actions = scores_of_actions.flatten(0, 1).cpu()
-            actions = act(scores_of_actions, legal.repeat_interleave(N, 0), args.epsilon, rng)
+                        values[g, S:], _ = net(device_obs[g, S:])
+            values = values.flatten(0, 1).cpu()
+            actions = act(values, legal.repeat_interleave(N, 0), args.epsilon, rng)
             for env, action in zip(envs, actions.view(G, N).numpy()):
                 env.send(action)
             # All games have stepped at the same time.
@@ -309,8 +310,8 @@ def main(args):
             age = torch.where(torch.from_numpy(game_over), 0, (age + 1).clamp(max=3))
             returns += np.stack(reward)
             for g in range(G):
-                ended = game_over[g, :student_lanes]
-                scores[g].extend(returns[g, :student_lanes][ended].tolist())
+                ended = game_over[g, :S]
+                scores[g].extend(returns[g, :S][ended].tolist())
             returns[game_over] = 0
 
         # Each game's expert judges what was met, once and all of it together, which is faster.

@@ -1,6 +1,7 @@
 """The emulator's pictures, scores and ends against raw ALE, stepped frame by frame."""
 
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -181,6 +182,24 @@ def test_intervals_hold_the_noise_of_the_experts_games_too(capsys):
 
     assert width(np.full(30, 20.0)) == 0
     assert width(20 + 10 * np.linspace(-1, 1, 30)) > 5
+
+
+def test_agreement_is_about_the_best_legal_action():
+    args, device = evaluate.Args(runs=("unused",), games=2), torch.device("cpu")
+    torch.manual_seed(0)
+    net, same, opposite = (evaluate.AtariNet((4,), (8,)) for _ in range(3))
+    for other, factor in ((same, 3), (opposite, -1)):
+        other.load_state_dict(net.state_dict())
+        with torch.no_grad():
+            other.head.weight *= factor
+            other.head.bias[~legal_actions("breakout")] += 100  # beyond what counts
+
+    def play(expert):
+        return evaluate.play(net, "breakout", 0.0, args, device, nullcontext(), expert)
+
+    (scores, alone), (again, full), (_, none) = play(None), play(same), play(opposite)
+    assert np.isnan(alone) and full == 100 and none == 0
+    assert (scores == again).all()  # who watches does not change the games
 
 
 def test_the_figure_has_a_bar_for_each_group_of_seeds(monkeypatch):

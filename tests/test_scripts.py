@@ -281,6 +281,10 @@ def test_evaluate_measures_draws_and_films(copy):
             assert float(row["% expert"]) == pytest.approx(percent, rel=1e-4)
         else:  # such a ratio would mean nothing
             assert row["% expert"] == "nan"
+        if row["network"] == "runs/mimic":
+            assert 0 < float(row["% agreement"]) < 100
+        else:
+            assert row["% agreement"] == "nan"
     assert "per cent of human: median" in said
     log = copy / "runs/expert-pong/log.csv"
     assert set(group_curves([log, log.parent])) == {"pong"}  # a folder stands for its log
