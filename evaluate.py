@@ -200,13 +200,13 @@ def play(net, game, sticky, args, device, autocast, expert=None):
     agreed, met = 0, 0
     while playing.any():
         if net is not None:
-            now = torch.from_numpy(playing)
+            active = torch.from_numpy(playing)
             with torch.inference_mode(), autocast:
                 pictures = torch.from_numpy(obs[playing]).to(device)
-                logits[now] = net(pictures)[0].cpu()
+                logits[active] = net(pictures)[0].cpu()
                 if expert is not None:
                     expert_q = expert(pictures)[0].cpu()
-                    agreed += (best(logits[now], legal) == best(expert_q, legal)).sum().item()
+                    agreed += (best(logits[active], legal) == best(expert_q, legal)).sum().item()
                     met += len(pictures)
         actions = act(logits, legal, args.epsilon if net is not None else 1.0, rng)
         obs, reward, _, _, info = envs.step(actions.numpy())
@@ -623,7 +623,7 @@ def main(args):
                     scores, _ = play(net, game, p, args, device, autocast)
                     columns[label, game][f"sticky {p:g}"] = scores.mean()
         if all(math.isnan(further["% agreement"]) for further in columns.values()):
-            for further in columns.values():  # no mimic among them
+            for further in columns.values():  # no network has an expert to agree with
                 del further["% agreement"]
         rows = make_rows(results, expert_of)
         for row in rows:

@@ -289,7 +289,9 @@ def main(args):
         # Play T steps on all lanes of all games; --actor says whose actions count.
         for t in range(T):
             obs_buffer[:, t], age_buffer[:, t] = obs, age
-            device_obs, values = obs.to(device), torch.zeros(G, N, 18, device=device)
+            device_obs = obs.to(device)
+            # Logits in the lanes that the student plays, Q-values in those of the experts.
+            values = torch.zeros(G, N, 18, device=device)
             with torch.inference_mode(), autocast:
                 if S > 0:
                     logits, _ = student(device_obs[:, :S].flatten(0, 1))
