@@ -10,15 +10,15 @@ A checkpoint is one plain dict, written by `torch.save` and read with `weights_o
     args        the flags of the run
     command     the command line, and `machine`, where it ran
     net_args    {"channels": [...], "hidden": [...]}: widths, enough to build the network again
-    net         its state_dict; half precision in an expert that ships
+    net         its state_dict; half precision in what ships: expert.pt, mimic.pt
     online      expert, transfer: the weights that learn, of which net is the moving average (not in
-                an expert that ships)
-    optimizer   its state_dict (not in an expert that ships)
-    rng         state of the generator that explores and draws (not in an expert that ships)
+                what ships)
+    optimizer   its state_dict (not in what ships)
+    rng         state of the generator that explores and draws (not in what ships)
     score       mean score of the last finished games, and `scores`, each of them (mimic: per game)
     legal       the game's legal actions, of 18 (not in a mimic, nor in experts of earlier versions)
     max_q       mean over the last rollout of max_a Q(s, a) (missing where legal is)
-    regressors  mimic: state_dict of the linear maps of feature regression
+    regressors  mimic: state_dict of the linear maps of feature regression (not in what ships)
     experts     mimic: paths of its experts, and `marks`, step and minutes of each
 """
 
@@ -54,7 +54,7 @@ except ImportError:  # Windows: two runs in one folder are not noticed
 
 FORMAT = "actor-mimic-1"
 NEEDED = {"games", "step", "minutes", "args", "net_args", "net", "score", "scores"}
-NEEDED_OF_MIMIC = {"regressors", "experts", "marks"}  # besides
+NEEDED_OF_MIMIC = {"experts", "marks"}  # besides
 # Flags that may change when a run goes on; an expert is known by its mark, whatever its path.
 MAY_CHANGE = {"out", "steps", "device", "precision", "experts"}
 
@@ -329,7 +329,7 @@ def load_weights(net, checkpoint, path, part="net"):
 def load_state(checkpoint, net, optimizer, rng, path):
     """Put a checkpoint's weights, optimizer and random generator back, in place.
 
-    An expert.pt holds weights alone: with them, optimizer and generator begin anew. Raises
+    What ships holds weights alone: with them, optimizer and generator begin anew. Raises
     UserError, naming path, if something does not fit.
     """
     load_weights(net, checkpoint, path)
@@ -353,7 +353,7 @@ def open_run(folder, stage, args):
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
     if not (folder / "checkpoint.pt").exists():
-        for name in ("log.csv", "expert.pt"):
+        for name in ("log.csv", "expert.pt", "mimic.pt"):
             if (folder / name).exists():
                 raise UserError(f"{folder} holds {name} without its checkpoint; name another --out")
         return None

@@ -9,7 +9,8 @@ which the expert's can be read off (feature regression).
     python train_mimic.py                                  # all of experts/
     python train_mimic.py --steps 25_000_000 --out runs/paper  # the paper's length: 35 hours
 
-Output: runs/mimic/ with checkpoint.pt (the same command goes on from it) and log.csv.
+Output: runs/mimic/ with checkpoint.pt (the same command goes on from it), log.csv, and at the end
+mimic.pt, the weights alone in half precision. The mimics in mimics/ are such files.
 """
 
 import math
@@ -264,7 +265,8 @@ def main(args):
                 f"{out} holds a mimic of other experts of {before}; name another --out"
             )
         common.load_state(saved, student, optimizer, rng, out)
-        common.load_weights(regressors, saved, out, "regressors")
+        if "regressors" in saved:  # a mimic.pt holds the student alone
+            common.load_weights(regressors, saved, out, "regressors")
         step, scores = saved["step"], [deque(recent, maxlen=30) for recent in saved["scores"]]
         if step >= args.steps:
             return print(f"{out} has finished; more --steps would go on from step {step:,}")
@@ -276,6 +278,22 @@ def main(args):
     buffers = [obs_buffer, *(replay.frames for replay in replays)]
     log.header(args, device, autocast, student, sum(buffer.nbytes for buffer in buffers))
     print(f"{G} games: {', '.join(games)}; {args.updates} updates every {T * N:,} steps of each")
+
+    def save(name, **more):
+        common.save_checkpoint(
+            out / name,
+            args,
+            stage="mimic",
+            games=games,
+            experts=paths,
+            marks=marks,
+            step=step,
+            minutes=log.minutes(),
+            net_args=net_args,
+            score=[common.mean(recent) for recent in scores],
+            scores=[list(recent) for recent in scores],
+            **more,
+        )
 
     envs = [make_envs(game, N) for game in games]
     resets = [env.reset(seed=torch.randint(2**31 - 1, (N,), generator=rng).numpy()) for env in envs]
@@ -387,22 +405,15 @@ def main(args):
                     f"{game}_feature_loss": distance,
                     f"{game}_spread": spreads[g],
                 }
-            common.save_checkpoint(
-                out / "checkpoint.pt",
-                args,
-                stage="mimic",
-                games=games,
-                experts=paths,
-                marks=marks,
-                step=step,
-                minutes=log.minutes(),
-                net_args=net_args,
+            if step >= args.steps:  # before the checkpoint, which says that all is done
+                half = {name: weight.half().cpu() for name, weight in student.state_dict().items()}
+                save("mimic.pt", net=half)
+            save(
+                "checkpoint.pt",
                 net=student.state_dict(),
                 regressors=regressors.state_dict(),
                 optimizer=optimizer.state_dict(),
                 rng=rng.get_state(),
-                score=[common.mean(recent) for recent in scores],
-                scores=[list(recent) for recent in scores],
             )
             log.write(step, row)
             percents = "  ".join(f"{game} {row[f'{game}_percent']:.0f} %" for game in games)
@@ -412,7 +423,7 @@ def main(args):
                 print(f"saved; the same command goes on from step {step:,}")
                 raise SystemExit(130)  # ended by Ctrl-C: what follows it after && does not start
 
-    print(f"done: {out}/checkpoint.pt; python evaluate.py --runs {out} measures it")
+    print(f"done: {out}/mimic.pt; python evaluate.py --runs {out} measures it")
 
 
 if __name__ == "__main__":
