@@ -16,8 +16,8 @@ A checkpoint is one plain dict, written by `torch.save` and read with `weights_o
     optimizer   its state_dict (not in what ships)
     rng         state of the generator that explores and draws (not in what ships)
     score       mean score of the last finished games, and `scores`, each of them (mimic: per game)
-    legal       the game's legal actions, of 18 (not in a mimic, nor in experts of earlier versions)
-    max_q       mean over the last rollout of max_a Q(s, a) (missing where legal is)
+    legal       expert, transfer: the game's legal actions, of 18
+    max_q       expert, transfer: mean over the last rollout of max_a Q(s, a)
     regressors  mimic: state_dict of the linear maps of feature regression (not in what ships)
     experts     mimic: paths of its experts, and `marks`, step and minutes of each
 """
@@ -225,7 +225,8 @@ def pick_autocast(precision, device):
         raise UserError(f"--precision {precision} is not one of auto, float32, bfloat16")
     if precision == "auto":
         fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        fast = fast or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if fast else "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
@@ -298,7 +299,7 @@ def load_checkpoint(path, stages):
     if path.is_dir():
         path = path / "checkpoint.pt"
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
+        raise UserError(f"there is no checkpoint {path}: name a file, or the folder of a run")
     try:
         if zipfile.ZipFile(path).testzip():  # checksums, which torch does not look at
             raise ValueError
@@ -319,22 +320,27 @@ def load_checkpoint(path, stages):
 
 
 def load_weights(net, checkpoint, path, part="net"):
-    """Put a checkpoint's weights into net; raises UserError, naming path, if they do not fit."""
+    """Put a checkpoint's weights into net.
+
+    Raises UserError, naming path, if they do not fit, or are not finite.
+    """
     try:
         net.load_state_dict(checkpoint[part])
     except (RuntimeError, KeyError, TypeError, AttributeError):
         raise UserError(f"the weights in {path} do not fit the network's widths") from None
+    if not all(weight.isfinite().all() for weight in net.parameters()):
+        raise UserError(f"the weights in {path} are not finite")
 
 
 def load_state(checkpoint, net, optimizer, rng, path):
     """Put a checkpoint's weights, optimizer and random generator back, in place.
 
-    What ships holds weights alone: with them, optimizer and generator begin anew. Raises
+    What ships holds weights alone: optimizer and generator begin anew with them. Raises
     UserError, naming path, if something does not fit.
     """
     load_weights(net, checkpoint, path)
     if "optimizer" not in checkpoint:
-        print(f"{path} holds weights alone: the optimizer begins anew")
+        print(f"{path} holds weights alone: what else learns begins anew")
         return
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])

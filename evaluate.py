@@ -7,7 +7,7 @@ A score is the raw return of a whole game, played with epsilon 0.05 after 0 to 2
     python evaluate.py --runs experts/*.pt --sticky 0 0.25        # sticky actions beside none
     python evaluate.py --runs experts/*.pt --random               # chance beside them
     python evaluate.py --curves runs/transfer-*/log.csv           # learning curves
-    python evaluate.py --runs runs/mimic --games 1 --gif --name film  # a film of all its games
+    python evaluate.py --runs runs/mimic --games 0 --gif          # only a film of all its games
 
 Output: the table, also as results/table.csv; bars in table.png, learning curves in
 table-curves.png, the film in table.gif. --out and --name choose another folder and another name.
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
-from matplotlib import animation, rcParams
+from matplotlib import animation, rcParams, ticker
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -79,19 +79,21 @@ rcParams["text.parse_math"] = False  # a $ in the name of a run is no formula
 # Half-widths of a 95 % interval of a mean, in standard errors, by number of seeds (Student's t).
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 MEDIAN = "median of all games"  # a panel of the curves, beside those of games
+PAPERS = "paper's, of its own experts"  # a bar of each game
 
 
 @dataclass(frozen=True)
 class Args:
     runs: tuple = ()  # checkpoints, or folders of runs, of any stage
     curves: tuple = ()  # logs, or folders of runs; names that differ only in -s<seed> are one curve
-    games: int = 30  # games per network and game, one on each lane
+    games: int = 30  # games per network and game, one on each lane; 0: no table
     epsilon: float = 0.05  # share of random actions, as in the paper's tests
     sticky: tuple = (0.0,)  # chance, each frame, that the last action goes on; more: a column each
     seed: int = 1  # of exploration and emulators
     random: bool = False  # also measure a random policy on every game
     gif: bool = False  # also film the first network, all its games side by side
     film: int = 160  # steps in the GIF, 15 a second
+    film_after: int = 300  # steps played before the film begins
     out: str = "results"  # folder of tables and pictures
     name: str = "table"  # their names begin with this
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -102,13 +104,16 @@ class Args:
         common.require(self.runs or not (self.random or self.gif), "--random and --gif need --runs")
         taken = self.random and Path("random") in map(Path, self.runs)
         common.require(not taken, "the row of --random would hide the run named random: rename it")
-        common.require_range(self, 1, 10_000, "games", "film")
+        common.require_range(self, 0, 10_000, "games")
+        common.require(self.games or self.gif or self.curves, "--games 0 leaves nothing to do")
+        common.require_range(self, 1, 10_000, "film")
         plain = self.out and self.name and Path(self.name).name == self.name
         common.require(plain, "--out must name a folder, and --name a file without its folder")
         common.require_shares(self, "epsilon")
         shares = self.sticky and 0 <= min(self.sticky) and max(self.sticky) <= 1
         common.require(shares, "--sticky must lie between 0 and 1")
         common.require_range(self, 0, 2**31 - 1, "seed")
+        common.require_range(self, 0, 10_000, "film_after")
 
 
 def make_envs(game, lanes, sticky=0.0, max_frames=108_000):
@@ -135,6 +140,7 @@ def make_envs(game, lanes, sticky=0.0, max_frames=108_000):
 def legal_actions(game):
     """Return the (18,) bool mask of the game's minimal action set within the full ALE set."""
     legal = torch.zeros(18, dtype=torch.bool)
+    # Without full_action_space, as here, an emulator offers the minimal set.
     legal[[action.value for action in AtariVectorEnv(game, 1).ale.get_action_set()]] = True
     return legal
 
@@ -186,10 +192,11 @@ def act(scores, legal, epsilon, rng):
 
 
 def play(net, game, sticky, args, device, autocast, expert=None):
-    """Play `args.games` whole games side by side: scores, (games,) float64, and agreement.
+    """Play `args.games` whole games side by side: scores, (games,) float64, and a dict of columns.
 
-    net: an AtariNet, or None for a random policy. Agreement is the share of the pictures it met,
-    in per cent, on which it prefers the action that its expert prefers; nan without an expert.
+    net: an AtariNet, or None for a random policy. Columns, of the pictures that it meets, nan
+    without an expert: the share on which both prefer one action, and the value that its choices
+    lose, as its expert's Q-values have it, in per cent of what random legal actions would lose.
     """
     envs, legal = make_envs(game, args.games, sticky), legal_actions(game)
     rng = torch.Generator().manual_seed(args.seed)
@@ -197,7 +204,7 @@ def play(net, game, sticky, args, device, autocast, expert=None):
     frame, scores = info["episode_frame_number"], np.zeros(args.games)
     playing = np.ones(args.games, dtype=bool)  # each lane's first game; what follows is not counted
     logits = torch.zeros(args.games, 18)
-    agreed, met = 0, 0
+    met, judged = 0, np.zeros(3)
     while playing.any():
         if net is not None:
             active = torch.from_numpy(playing)
@@ -205,20 +212,33 @@ def play(net, game, sticky, args, device, autocast, expert=None):
                 pictures = torch.from_numpy(obs[playing]).to(device)
                 logits[active] = net(pictures)[0].cpu()
                 if expert is not None:
-                    expert_q = expert(pictures)[0].cpu()
-                    agreed += (best(logits[active], legal) == best(expert_q, legal)).sum().item()
                     met += len(pictures)
+                    judged += judge(logits[active], expert(pictures)[0].cpu(), legal)
         actions = act(logits, legal, args.epsilon if net is not None else 1.0, rng)
         obs, reward, _, _, info = envs.step(actions.numpy())
         scores += reward * playing
         playing &= info["episode_frame_number"] > frame  # the counter falls when a new game begins
         frame = info["episode_frame_number"]
-    return scores, 100 * agreed / met if met else math.nan
+    agreed, lost, at_random = judged
+    return scores, {
+        "% agreement": 100 * agreed / met if met else math.nan,
+        "% value lost": 100 * lost / at_random if at_random else math.nan,
+    }
 
 
-def best(scores, legal):
-    """Choose the best legal action of each state: (N, 18), (18,) bool -> (N,) int64."""
-    return scores.masked_fill(~legal, -torch.inf).argmax(1)
+def judge(scores, expert_q, legal):
+    """Compare a network's choices with its expert's: (B, 18), (B, 18), (18,) bool -> (3,) float64.
+
+    Sums over the states: 1 where both choose one action; Q(s, best) - Q(s, chosen), of the expert;
+    and the mean of that over all legal actions. The second's mean, over the states that a network
+    meets, is how far its return falls behind (performance difference lemma, Kakade and Langford,
+    2002), as far as the Q-values are right.
+    """
+    choice = scores.masked_fill(~legal, -torch.inf).argmax(1, keepdim=True)
+    top, best = expert_q.masked_fill(~legal, -torch.inf).max(1, keepdim=True)
+    lost, at_random = top - expert_q.gather(1, choice), top - expert_q[:, legal]
+    figures = (choice == best).sum(), lost.sum(), at_random.mean(1).sum()
+    return np.array([figure.item() for figure in figures])
 
 
 def interquartile_mean(values):
@@ -290,7 +310,7 @@ def find_teachers(mimic):
         except common.UserError:
             pass
         if game not in teachers:
-            why = f"{path} is not here, or has changed since"
+            why = f"{path} is not in this folder, or has changed since"
             print(f"{why}: {game} has no expert to be compared with", file=sys.stderr)
     return teachers
 
@@ -308,18 +328,18 @@ def make_rows(results, expert_of):
                 {
                     "network": label,
                     "game": game,
-                    "games": len(scores),
                     "mean": scores.mean(),
+                    "expert": expert,
+                    "% expert": 100 * scores.mean() / expert if expert > 0 else math.nan,
                     "std": scores.std(),
                     "max": scores.max(),
+                    "games": len(scores),
+                    "% human": 100 * (scores.mean() - random) / (human - random),
                     "random": random,
                     "human": human,
                     "dqn_2015": dqn,
                     "paper_dqn": paper_dqn,
                     "paper_amn": paper_amn,
-                    "expert": expert,
-                    "% expert": 100 * scores.mean() / expert if expert > 0 else math.nan,
-                    "% human": 100 * (scores.mean() - random) / (human - random),
                 }
             )
     return rows
@@ -414,9 +434,10 @@ def write_csv(rows, path):
 def draw_bars(rows, groups, expert_of, path):
     """Draw the scores of all networks that are not experts in per cent of the expert, per game.
 
-    Seeds of one thing are one bar, their mean, and a dot each. Where all the paper's games are
-    there, its network stands beside them, in per cent of its own experts. Without such networks,
-    or without experts to compare them with, scores are in per cent of a human's.
+    Seeds of one thing are one bar, their mean, and a dot each; a dotted line goes on from the first
+    bar, to compare the others with it. Where all the paper's games are there, its network stands
+    beside them, in per cent of its own experts. Without such networks, or without experts to
+    compare them with, scores are in per cent of a human's.
     """
     students = [row for row in rows if row["network"] != expert_of[row["network"]].get(row["game"])]
     if all(row["network"] == "random" for row in students):
@@ -425,9 +446,8 @@ def draw_bars(rows, groups, expert_of, path):
     rows = students or rows
     games = list(dict.fromkeys(row["game"] for row in rows))
     if unit == "% expert" and PAPER.keys() <= set(games):
-        label = "paper's, of its own experts"
         for game, (dqn, amn) in PAPER.items():
-            rows.append({"network": label, "game": game, "mean": amn, unit: 100 * amn / dqn})
+            rows.append({"network": PAPERS, "game": game, "mean": amn, unit: 100 * amn / dqn})
     name_of = {label: name for name, labels in groups for label in labels}
     if not students:
         experts = {label for by_game in expert_of.values() for label in by_game.values()}
@@ -447,19 +467,24 @@ def draw_bars(rows, groups, expert_of, path):
     for panel, game in zip(panels, games):
         for name, seeds in bars[game].items():
             place, percents = names.index(name), [row[unit] for row in seeds]
-            panel.barh(place, np.mean(percents), color=f"C{place % 10}")
+            panel.barh(place, np.mean(percents), color="C1" if name == PAPERS else "C0")
             if len(seeds) > 1:
                 panel.plot(percents, [place] * len(seeds), ".", color="black", markersize=4)
             mean = np.mean([row["mean"] for row in seeds])
-            text = f" {mean:,.0f}" if abs(mean) >= 100 else f" {mean:.1f}"
-            panel.text(max(0, *percents), place, text, fontsize=7, va="center")
+            score = f"{mean:,.0f}" if abs(mean) >= 100 else f"{mean:.1f}"
+            end, text = (max(0, *percents), place), f"{np.mean(percents):.0f} % ({score})"
+            white = {"facecolor": "white", "edgecolor": "none", "pad": 0}
+            beside = {"xytext": (3, -2.5), "textcoords": "offset points"}
+            panel.annotate(text, end, **beside, fontsize=7, bbox=white)
+            if place == 0 and len(names) > 2:
+                panel.axvline(np.mean(percents), color="C0", linewidth=0.8, linestyle="dotted")
         panel.axvline(100, color="grey", linewidth=0.8)
         panel.set_title(game.replace("_", " "), fontsize=10)
-        panel.set_yticks(range(len(names)), names)
+        panel.set_yticks(range(len(names)), [name.removeprefix("runs/") for name in names])
         panel.tick_params(labelsize=8)
-    panel.margins(x=0.25)
+    panel.margins(x=0.55)
     panel.invert_yaxis()
-    figure.supxlabel(f"{unit} (beside the bars: score)", fontsize=9)
+    figure.supxlabel(f"{unit} (score)", fontsize=9)
     save_figure(figure, path)
 
 
@@ -493,6 +518,7 @@ def group_curves(paths):
     paths = [Path(path).resolve() for path in paths]
     for path in dict.fromkeys(path / "log.csv" if path.is_dir() else path for path in paths):
         log, name = read_log(path), path.parent.name if path.stem == "log" else path.stem
+        name = name.removesuffix("-log")  # results/mimic-log.csv is the log of runs/mimic
         if named.setdefault(name, path) != path:
             raise common.UserError(f"{path} and {named[name]} are both named {name}: rename one")
         label = without_seed(name)
@@ -521,11 +547,13 @@ def draw_curves(groups, path):
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for panel in panels[len(groups) :]:
         panel.axis("off")
+    shown = []  # the legend of the panel before
     for panel, (game, curves) in zip(panels, groups.items()):
         for label, seeds in curves.items():
             steps = max((steps for steps, _, _ in seeds), key=len)
             scores = np.stack([np.interp(steps, x, y, right=np.nan) for x, y, _ in seeds])
-            name = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
+            name = label.removesuffix(f"-{game}")  # expert-pong: the title says pong
+            name = f"{name} ({len(seeds)} seeds)" if len(seeds) > 1 else name
             (line,) = panel.plot(steps, scores.mean(0), label=name)
             if len(seeds) > 1:
                 t = STUDENT_T.get(len(seeds), 2.26)
@@ -539,15 +567,19 @@ def draw_curves(groups, path):
         elif game in PAPER:
             label = "paper's expert, at its end"
             panel.axhline(PAPER[game][0], color="grey", linestyle="dashed", label=label)
-        x, y = ("minutes", "% of the expert") if game == MEDIAN else ("steps", "score")
+        x, y = ("minutes", "% of the expert") if game == MEDIAN else ("steps", "score in training")
         panel.set(title=game.replace("_", " "), xlabel=x, ylabel=y)
-        panel.legend(fontsize=8)
+        _, names = panel.get_legend_handles_labels()
+        if names != shown:  # else it would repeat that of the panel before
+            panel.legend(fontsize=8)
+        shown = names
         panel.locator_params(nbins=5)
+        panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))  # 100k, 2M
     save_figure(figure, path)
 
 
 def record(net, game, args, device, autocast):
-    """Play one game for `args.film` steps: its colour pictures and the score at each."""
+    """Film `args.film` steps after the first `args.film_after`: colour pictures and scores."""
     envs, legal = make_envs(game, 1, args.sticky[0]), legal_actions(game)
     # A second emulator with the same seed and the same actions shows the same game in colour.
     colour = AtariVectorEnv(
@@ -565,15 +597,18 @@ def record(net, game, args, device, autocast):
     obs, info = envs.reset(seed=args.seed)
     colour.reset(seed=args.seed)
     pictures, scores, total = [], [], 0
-    for _ in range(args.film):
+    for t in range(args.film_after + args.film):
         with torch.inference_mode(), autocast:
             logits = net(torch.from_numpy(obs).to(device))[0].cpu()
         action = act(logits, legal, args.epsilon, rng).numpy()
         frame = info["episode_frame_number"]
         obs, reward, _, _, info = envs.step(action)
-        pictures.append(colour.step(action)[0][0, 0])
-        scores.append(total + int(reward[0]))
-        total = 0 if info["episode_frame_number"] < frame else scores[-1]  # a new game begins
+        picture, total = colour.step(action)[0][0, 0], total + int(reward[0])
+        if t >= args.film_after:
+            pictures.append(picture)
+            scores.append(total)
+        if info["episode_frame_number"] < frame:  # a new game begins
+            total = 0
     return pictures, scores
 
 
@@ -608,7 +643,7 @@ def main(args):
     # May we write there, and is the longest of the names not too long?
     tempfile.NamedTemporaryFile(dir=out, prefix=args.name, suffix="-curves.png").close()
 
-    if networks:
+    if networks and args.games > 0:
         results, columns = {}, {}  # {label: {game: scores}}, {(label, game): further columns}
         for label, (net, games) in networks.items():
             results[label] = {}
@@ -617,14 +652,15 @@ def main(args):
                 first, *others = dict.fromkeys(args.sticky)
                 teacher = expert_of[label].get(game)
                 expert = networks[teacher][0] if teacher not in (None, label) else None
-                scores, agreement = play(net, game, first, args, device, autocast, expert)
-                results[label][game], columns[label, game] = scores, {"% agreement": agreement}
+                scores, judged = play(net, game, first, args, device, autocast, expert)
+                results[label][game], columns[label, game] = scores, judged
                 for p in others:
                     scores, _ = play(net, game, p, args, device, autocast)
                     columns[label, game][f"sticky {p:g}"] = scores.mean()
-        if all(math.isnan(further["% agreement"]) for further in columns.values()):
-            for further in columns.values():  # no network has an expert to agree with
-                del further["% agreement"]
+        for name in list(judged):
+            if all(math.isnan(further[name]) for further in columns.values()):
+                for further in columns.values():  # no network has an expert to judge it
+                    del further[name]
         rows = make_rows(results, expert_of)
         for row in rows:
             row |= columns[row["network"], row["game"]]

@@ -9,8 +9,8 @@ network. DQN's is an old copy of the weights; this one is their moving average, 
     python train_expert.py --game pong                     # two cores: a quarter of an hour
     python train_expert.py --game pong --steps 12_500_000  # the paper's 50M frames: two hours
 
-Output: runs/expert-<game>/ with checkpoint.pt (the same command goes on from it), log.csv, and at
-the end expert.pt, the weights alone in half precision. The experts in experts/ are such files.
+Output: runs/expert-<game>/ with checkpoint.pt (the same command goes on from it), log.csv, and
+expert.pt, the weights alone in half precision. The experts in experts/ are such files.
 """
 
 import copy
@@ -97,6 +97,7 @@ def make_envs(game, lanes, sticky=0.0, max_frames=108_000):
 def legal_actions(game):
     """Return the (18,) bool mask of the game's minimal action set within the full ALE set."""
     legal = torch.zeros(18, dtype=torch.bool)
+    # Without full_action_space, as here, an emulator offers the minimal set.
     legal[[action.value for action in AtariVectorEnv(game, 1).ale.get_action_set()]] = True
     return legal
 
@@ -227,7 +228,7 @@ def main(args):
     envs = make_envs(args.game, N)
     obs, info = envs.reset(seed=torch.randint(2**31 - 1, (N,), generator=rng).numpy())
     frame, returns = info["episode_frame_number"], np.zeros(N)
-    stop, next_report = common.Stop(), step
+    stop, start, next_report = common.Stop(), step, step
 
     while step < args.steps:
         # Lanes that begin together are in step through games of one length, and a rollout would
@@ -293,7 +294,9 @@ def main(args):
 
         # Once in a while: look, save, report.
         if step >= min(next_report, args.steps) or stop:
-            next_report = (step // args.report_every + 1) * args.report_every
+            # First after 1, 2, 4 ... rounds, so that the time left is soon known.
+            regular = (step // args.report_every + 1) * args.report_every
+            next_report = min(2 * step - start, regular)
             row = {
                 f"{args.game}_score": common.mean(scores),
                 "max_q": values.mean().item(),  # mean over the rollout of max_a Q(s, a)
@@ -304,9 +307,8 @@ def main(args):
                 "epsilon": epsilon,
                 "lr": lr,
             }
-            if step >= args.steps:  # before the checkpoint, which says that all is done
-                half = {name: weight.half().cpu() for name, weight in target.state_dict().items()}
-                save("expert.pt", net=half)
+            half = {name: weight.half().cpu() for name, weight in target.state_dict().items()}
+            save("expert.pt", net=half)  # before the checkpoint, which may say that all is done
             save(
                 "checkpoint.pt",
                 net=target.state_dict(),

@@ -184,7 +184,23 @@ def test_intervals_hold_the_noise_of_the_experts_games_too(capsys):
     assert width(20 + 10 * np.linspace(-1, 1, 30)) > 5
 
 
-def test_agreement_is_about_the_best_legal_action():
+def test_what_an_expert_says_of_a_networks_choices():
+    torch.manual_seed(0)
+    legal = torch.rand(18) < 0.5
+    scores, q = torch.randn(9, 18), torch.randn(9, 18)
+    agreed = lost = at_random = 0
+    actions = [a for a in range(18) if legal[a]]
+    for s in range(9):
+        own = max(actions, key=lambda a: scores[s, a].item())
+        best = max(actions, key=lambda a: q[s, a].item())
+        losses = {a: (q[s, best] - q[s, a]).item() for a in actions}
+        agreed += own == best
+        lost += losses[own]
+        at_random += sum(losses.values()) / len(actions)
+    assert evaluate.judge(scores, q, legal).tolist() == pytest.approx([agreed, lost, at_random])
+
+
+def test_a_network_agrees_with_itself_and_never_with_its_opposite():
     args, device = evaluate.Args(runs=("unused",), games=2), torch.device("cpu")
     torch.manual_seed(0)
     net, same, opposite = (evaluate.AtariNet((4,), (8,)) for _ in range(3))
@@ -195,10 +211,13 @@ def test_agreement_is_about_the_best_legal_action():
             other.head.bias[~legal_actions("breakout")] += 100  # beyond what counts
 
     def play(expert):
-        return evaluate.play(net, "breakout", 0.0, args, device, nullcontext(), expert)
+        scores, judged = evaluate.play(net, "breakout", 0.0, args, device, nullcontext(), expert)
+        return scores, *judged.values()
 
-    (scores, alone), (again, full), (_, none) = play(None), play(same), play(opposite)
-    assert np.isnan(alone) and full == 100 and none == 0
+    (scores, *alone), (again, agreed, lost) = play(None), play(same)
+    _, never, much = play(opposite)
+    assert np.isnan(alone).all()
+    assert (agreed, lost) == (100, 0) and never == 0 and much > 100  # worse than random choices
     assert (scores == again).all()  # who watches does not change the games
 
 

@@ -143,6 +143,12 @@ def test_mimic_log_and_checkpoint(studio):
     assert mimic["regressors"]["0.weight"].shape == (16, 24) and mimic["regressors"][
         "1.weight"
     ].shape == (20, 24)
+    small = load_checkpoint(studio / "runs/mimic/mimic.pt", ("mimic",))
+    assert small["step"] == mimic["step"] == 320 and small["marks"] == mimic["marks"]
+    assert not {"optimizer", "rng", "regressors"} & small.keys()
+    for name, weight in mimic["net"].items():
+        assert small["net"][name].dtype == torch.half
+        torch.testing.assert_close(small["net"][name].float(), weight, atol=1e-3, rtol=1e-3)
     last = rows(studio / "runs/mimic/log.csv")[-1]
     for game in ("pong", "boxing"):
         assert float(last[f"{game}_policy_loss"]) > 0 and float(last[f"{game}_feature_loss"]) > 0
@@ -203,6 +209,8 @@ def test_each_expert_judges_what_its_own_game_shows(copy, monkeypatch, actor):
 def test_the_readme_shows_one_picture_under_the_mask_of_each_game(copy):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     (copy / "masks.py").write_text(code + "    print(logits.tolist())\n")
+    (copy / "mimics").mkdir()
+    shutil.copy(copy / "runs/mimic/mimic.pt", copy / "mimics/mimic-s1.pt")
     pong, first, boxing, second = run(copy, "masks.py").splitlines()
     assert first == second and pong.startswith("pong ") and boxing.startswith("boxing ")
     scores = ast.literal_eval(first)[0]
@@ -212,7 +220,6 @@ def test_the_readme_shows_one_picture_under_the_mask_of_each_game(copy):
 
 
 def test_feature_weight_zero_leaves_the_regressors_alone(copy):
-    torch.manual_seed(1)
     run(copy, MIMIC.replace("--steps 320", "--steps 32") + " --out runs/a --feature-weight 0")
     run(copy, MIMIC + " --out runs/b --feature-weight 0")
     a, b = (load_checkpoint(copy / f"runs/{name}", ("mimic",)) for name in "ab")
@@ -282,9 +289,9 @@ def test_evaluate_measures_draws_and_films(copy):
         else:  # such a ratio would mean nothing
             assert row["% expert"] == "nan"
         if row["network"] == "runs/mimic":
-            assert 0 < float(row["% agreement"]) < 100
+            assert 0 < float(row["% agreement"]) < 100 and 0 < float(row["% value lost"])
         else:
-            assert row["% agreement"] == "nan"
+            assert row["% agreement"] == row["% value lost"] == "nan"
     assert "per cent of human: median" in said
     log = copy / "runs/expert-pong/log.csv"
     assert set(group_curves([log, log.parent])) == {"pong"}  # a folder stands for its log
@@ -366,6 +373,25 @@ def test_expert_goes_on_from_its_weights_alone(copy):
     assert after["step"] == 352 and after["minutes"] > before["minutes"]
     for name, weight in before["net"].items():  # two gradient steps away, not new
         torch.testing.assert_close(after["net"][name], weight, atol=0.01, rtol=0.01)
+
+
+def test_a_mimics_weights_alone_serve_every_stage(copy):
+    (copy / "runs/more").mkdir()
+    shutil.copy(copy / "runs/mimic/mimic.pt", copy / "runs/more/checkpoint.pt")
+    said = run(copy, MIMIC + " --out runs/more --steps 336")
+    assert "weights alone" in said and "goes on at step 320" in said
+    before, after = (
+        load_checkpoint(copy / f"runs/{name}/mimic.pt", ("mimic",))["net"]
+        for name in ("mimic", "more")
+    )
+    for name, weight in before.items():  # 32 small gradient steps away, not new
+        torch.testing.assert_close(after[name], weight, atol=0.02, rtol=0)
+    start = load_checkpoint(copy / "runs/mimic", ("mimic",))["net"]
+    run(copy, TRANSFER + " --mimic runs/mimic/mimic.pt --steps 32 --lr 1e-9 --out runs/other")
+    moved = load_checkpoint(copy / "runs/other/expert.pt", ("transfer",))["net"]
+    assert all(torch.allclose(moved[name].float(), start[name], atol=1e-3) for name in start)
+    said = run(copy, "evaluate.py --runs runs/mimic/mimic.pt --games 1 --device cpu")
+    assert "runs/expert-pong/expert.pt" in said  # it still knows its experts
 
 
 def test_what_ships_is_the_moving_average_of_the_weights_that_learn(copy):
@@ -646,8 +672,11 @@ def test_folder_of_another_run_is_left_alone(copy):
     (copy / "runs/mimic/checkpoint.pt").unlink()
     refused(copy, MIMIC, "without its checkpoint")
     (copy / "runs/kept").mkdir()
-    shutil.copy(copy / "runs/expert-boxing/expert.pt", copy / "runs/kept")
-    refused(copy, EXPERT + " --game pong --out runs/kept", "expert.pt without its checkpoint")
+    for name in ("expert-boxing/expert.pt", "mimic/mimic.pt"):
+        shutil.copy(copy / "runs" / name, copy / "runs/kept")
+        file = Path(name).name
+        refused(copy, EXPERT + " --game pong --out runs/kept", f"{file} without its checkpoint")
+        (copy / "runs/kept" / file).unlink()
 
 
 def test_mimic_does_not_go_on_with_other_experts(copy):
@@ -828,6 +857,18 @@ def test_experts_that_ship_are_whole():
             weight.dtype == torch.half and weight.isfinite().all()
             for weight in expert["net"].values()
         )
+
+
+def test_mimics_that_ship_are_whole_and_know_their_experts():
+    shipped = sorted((ROOT / "mimics").glob("*.pt"))
+    assert shipped
+    for path in shipped:
+        mimic = load_checkpoint(path, ("mimic",))
+        assert path.stat().st_size < 4e6
+        assert all(weight.dtype == torch.half for weight in mimic["net"].values())
+        experts = [load_checkpoint(ROOT / expert, ("expert",)) for expert in mimic["experts"]]
+        assert [expert["games"] for expert in experts] == [[game] for game in mimic["games"]]
+        assert [[expert["step"], expert["minutes"]] for expert in experts] == mimic["marks"]
 
 
 def test_wrong_stage_and_garbage_never_reach_the_network(tmp_path):
