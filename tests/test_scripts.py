@@ -310,6 +310,16 @@ def test_evaluate_measures_draws_and_films(copy):
     assert (copy / "results/table.gif").read_bytes().startswith(b"GIF8")
 
 
+def test_a_film_alone_begins_after_some_steps(copy):
+    films = {}
+    for after in (0, 40):
+        flags = f"--games 0 --gif --film 3 --film-after {after} --name film{after} --device cpu"
+        said = run(copy, f"evaluate.py --runs runs/mimic {flags}")
+        assert "plays" not in said and not (copy / f"results/film{after}.csv").exists()
+        films[after] = (copy / f"results/film{after}.gif").read_bytes()
+    assert films[0] != films[40]
+
+
 def test_evaluate_is_repeatable_and_sticky_actions_change_it(copy):
     command = "evaluate.py --runs runs/expert-boxing/expert.pt --games 2 --device cpu --out "
     tables = {}
@@ -650,6 +660,19 @@ def test_checkpoint_whose_weights_do_not_fit_is_refused(copy):
     torch.save(mimic, copy / "wide.pt")
     for command in ("evaluate.py --runs wide.pt", TRANSFER + " --mimic wide.pt"):
         refused(copy, command, "wide.pt", "widths")
+
+
+@pytest.mark.parametrize("stage", ["mimic", "expert"])
+def test_checkpoint_whose_weights_are_not_finite_is_refused(copy, stage):
+    folder = {"mimic": "mimic", "expert": "expert-pong"}[stage]
+    spoiled = load_checkpoint(copy / "runs" / folder, (stage,))
+    spoiled["net"]["head.bias"][3] = math.nan
+    torch.save(spoiled, copy / "spoiled.pt")
+    other = TRANSFER + " --mimic spoiled.pt --out runs/no"
+    if stage == "expert":
+        other = MIMIC.replace("runs/expert-pong/expert.pt", "spoiled.pt") + " --out runs/no"
+    for command in ("evaluate.py --runs spoiled.pt", other):
+        refused(copy, command, "spoiled.pt", "not finite")
 
 
 def test_malicious_checkpoint_runs_no_code(tmp_path):
