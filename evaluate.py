@@ -105,7 +105,8 @@ class Args:
         taken = self.random and Path("random") in map(Path, self.runs)
         common.require(not taken, "the row of --random would hide the run named random: rename it")
         common.require_range(self, 0, 10_000, "games")
-        common.require(self.games or self.gif or self.curves, "--games 0 leaves nothing to do")
+        idle = self.random or (self.runs and not self.gif)
+        common.require(self.games or not idle, "--games 0 plays none: it needs --gif, not --random")
         common.require_range(self, 1, 10_000, "film")
         plain = self.out and self.name and Path(self.name).name == self.name
         common.require(plain, "--out must name a folder, and --name a file without its folder")

@@ -6,8 +6,8 @@ and the student learns to hold the same policy (policy regression) and, if wante
 which the expert's can be read off (feature regression).
 
     python train_mimic.py --steps 10_000 --out runs/smoke  # a minute or two
-    python train_mimic.py                                  # all of experts/: 29 minutes, 99 % of
-                                                           # the median expert's score
+    python train_mimic.py                                  # all of experts/: half an hour on two
+                                                           # cores with AMX, thrice that without
     python train_mimic.py --steps 25_000_000 --out runs/paper  # the paper's length: 35 hours
 
 Output: runs/mimic/ with checkpoint.pt (the same command goes on from it), log.csv, and mimic.pt,
@@ -48,7 +48,7 @@ class Args:
     updates: int = 32  # gradient steps per round: each observation is learned from twice (as paper)
     minibatch: int = 16  # observations of each game per gradient step (paper: 8)
     replay: int = 20_000  # observations kept of each game, 0.15 GB (paper: 100_000)
-    lr: float = 2e-3  # of Adam; 1e-3 and 4e-3 ended at a higher loss (one seed, short, both play)
+    lr: float = 2e-3  # of Adam; 1e-3 and 4e-3 ended at a higher loss (short runs, --actor both)
     decay: float = 0.5  # share of the run over which lr falls to zero, at its end
     report_every: int = 20_000  # steps between two lines of the log, each with a checkpoint
     device: str = "auto"  # auto, cpu, cuda or mps

@@ -624,6 +624,8 @@ def test_transfer_refuses(studio, flags, words):
         ("--runs common.py", ["common.py"]),
         ("--curves common.py", ["common.py"]),
         ("--runs runs/mimic --games 0", ["--games"]),
+        ("--runs runs/mimic --games 0 --curves runs/mimic", ["--games"]),
+        ("--runs runs/mimic --games 0 --gif --random", ["--games", "--random"]),
         ("--runs runs/mimic --name a/b", ["--name"]),
         ("--runs runs/mimic --sticky 0 2", ["--sticky"]),
         ("--runs random --random", ["named random"]),
