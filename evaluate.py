@@ -92,7 +92,7 @@ class Args:
     seed: int = 1  # of exploration and emulators
     random: bool = False  # also measure a random policy on every game
     gif: bool = False  # also film the first network, all its games side by side
-    film: int = 160  # steps in the GIF, 15 a second
+    film: int = 160  # steps in the film of --gif, 15 a second
     film_after: int = 300  # steps played before the film begins
     out: str = "results"  # folder of tables and pictures
     name: str = "table"  # their names begin with this
@@ -231,9 +231,9 @@ def judge(scores, expert_q, legal):
     """Compare a network's choices with its expert's: (B, 18), (B, 18), (18,) bool -> (3,) float64.
 
     Sums over the states: 1 where both choose one action; Q(s, best) - Q(s, chosen), of the expert;
-    and the mean of that over all legal actions. The second's mean, over the states that a network
-    meets, is how far its return falls behind (performance difference lemma, Kakade and Langford,
-    2002), as far as the Q-values are right.
+    and the mean of that over all legal actions. The second, discounted and summed over a game, is
+    how far a return falls behind the expert's (performance difference lemma, Kakade and Langford,
+    2002), as far as the Q-values are right: a return of clipped rewards, up to the next lost life.
     """
     choice = scores.masked_fill(~legal, -torch.inf).argmax(1, keepdim=True)
     top, best = expert_q.masked_fill(~legal, -torch.inf).max(1, keepdim=True)
@@ -383,7 +383,7 @@ def group_seeds(results, expert_of):
 
 
 def print_summary(results, expert_of):
-    """Print, for each group of networks of several games, its median and interquartile mean.
+    """Print the median and interquartile mean of each group of several seeds or games.
 
     Scores are in per cent of the experts' mean scores, or normalised with random and human scores:
     100 * (score - random) / (human - random). The median is over the games' means, the
@@ -393,7 +393,7 @@ def print_summary(results, expert_of):
     for name, labels in group_seeds(results, expert_of):
         games, teachers = list(results[labels[0]]), expert_of[labels[0]]
         own = np.array([[results[label][game] for label in labels] for game in games])
-        if len(games) < 2 or own.shape[2] < 2:
+        if len(games) * len(labels) < 2 or own.shape[2] < 2:
             continue
         if all(game in teachers for game in games):
             experts = np.array([[results[teachers[game]][game]] for game in games])

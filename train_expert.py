@@ -5,9 +5,9 @@ The paper's experts are DQNs. This is the same Q-learning in the form that suits
 Q(lambda) returns of the last few steps stand in for the replay buffer. Unlike PQN it has a target
 network. DQN's is an old copy of the weights; this one is their moving average, and it plays, too.
 
-    python train_expert.py --game pong --steps 50_000 --out runs/smoke  # one minute, to see it run
+    python train_expert.py --game pong --steps 50_000 --out runs/try-expert  # a minute
     python train_expert.py --game pong                     # two cores: a quarter of an hour
-    python train_expert.py --game pong --steps 12_500_000  # the paper's 50M frames: two hours
+    python train_expert.py --game pong --steps 25_000_000  # as in the paper's Figure 1: four hours
 
 Output: runs/expert-<game>/ with checkpoint.pt (the same command goes on from it), log.csv, and
 expert.pt, the weights alone in half precision. The experts in experts/ are such files.
@@ -36,7 +36,7 @@ FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # the emulator refuses 
 @dataclass(frozen=True)
 class Args:
     game: str = "pong"  # ROM name, as ale-py spells it
-    steps: int = 1_200_000  # agent decisions over all lanes, 4 frames each (paper: 12_500_000)
+    steps: int = 1_200_000  # agent decisions over all lanes, 4 frames each (paper: 25_000_000)
     seed: int = 1  # of the weights, exploration, shuffling and emulators
     out: str = ""  # folder of the run (empty: runs/expert-<game>)
     channels: tuple = (16, 32, 32)  # kernels 8, 4, 3, 3, strides 4, 2, 1, 1 (paper: 32 64 64)
@@ -50,7 +50,7 @@ class Args:
     gamma: float = 0.99  # discount
     lam: float = 0.85  # lambda of the returns: 0 is one-step Q-learning, 1 is Monte Carlo
     epsilon: float = 0.05  # share of random actions, falls from 1; as in evaluate.py (paper: 0.1)
-    explore: float = 0.1  # share of the run over which epsilon falls (paper: 0.08)
+    explore: float = 0.1  # share of the run over which epsilon falls (paper: 1M steps)
     target_rate: float = 0.1  # share of the way target moves to net each round; 0.02 is too slow
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this
     report_every: int = 50_000  # steps between two lines of the log, each with a checkpoint
@@ -239,7 +239,7 @@ def main(args):
             frame, returns[lane] = info["episode_frame_number"], 0  # a game cut off has no score
 
         # Play T steps on N lanes.
-        explored = step / max(args.explore * args.steps, 1)
+        explored = step / (args.explore * args.steps) if args.explore else 1
         epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * explored)
         for t in range(T):
             obs_buffer[t] = torch.from_numpy(obs).permute(0, 2, 3, 1)

@@ -5,9 +5,9 @@ game's expert says how good every action is (Q-values). A softmax turns this int
 and the student learns to hold the same policy (policy regression) and, if wanted, features from
 which the expert's can be read off (feature regression).
 
-    python train_mimic.py --steps 10_000 --out runs/smoke  # a minute or two
+    python train_mimic.py --steps 10_000 --out runs/try-mimic  # a minute or two
     python train_mimic.py                                  # all of experts/: half an hour on two
-                                                           # cores with AMX, thrice that without
+                                                           # cores with AMX, 2 hours without
     python train_mimic.py --steps 25_000_000 --out runs/paper  # the paper's length: 35 hours
 
 Output: runs/mimic/ with checkpoint.pt (the same command goes on from it), log.csv, and mimic.pt,
@@ -38,7 +38,7 @@ class Args:
     out: str = "runs/mimic"  # folder of the run
     channels: tuple = (32, 64, 64)  # convolutions: kernels 8, 4, 3, 3 with strides 4, 2, 1, 1
     hidden: tuple = (512,)  # fully connected layers
-    objective: str = "policy"  # policy, or q: squared error on Q-values, to compare
+    objective: str = "policy"  # policy, or q: squared error on Q-values (no temperature)
     temperature: float = 0.3  # of the experts' softmax, in units of q_spread (paper: 1, plain)
     feature_weight: float = 0.1  # of feature regression; 0: none (paper: 0, and 0.01)
     actor: str = "student"  # who plays: student, expert (no scores in the log), or both by halves

@@ -4,7 +4,7 @@ Section 3.4 of the paper. This is train_expert.py with the mimic's widths, and w
 begin with, or in the control with random ones. Both arms have the same flags and seeds, so where
 learning starts is the only difference.
 
-    python transfer.py --steps 50_000 --out runs/smoke    # one minute, to see it run
+    python transfer.py --mimic mimics/mimic-s1.pt --steps 50_000 --out runs/try-transfer  # a minute
     python transfer.py --game star_gunner                 # two cores: 20 minutes
     python transfer.py --game star_gunner --arm control   # what it is measured against
 
@@ -51,7 +51,7 @@ class Args:
     gamma: float = 0.99  # discount
     lam: float = 0.85  # lambda of the returns: 0 is one-step Q-learning, 1 is Monte Carlo
     epsilon: float = 0.05  # share of random actions, falls from 1; as in evaluate.py (paper: 0.1)
-    explore: float = 0.1  # share of the run over which epsilon falls (paper: 0.1)
+    explore: float = 0.1  # share of the run over which epsilon falls (paper: 1M steps)
     target_rate: float = 0.1  # share of the way target moves to net each round; 0.02 is too slow
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this
     report_every: int = 50_000  # steps between two lines of the log, each with a checkpoint
@@ -251,7 +251,7 @@ def main(args):
             frame, returns[lane] = info["episode_frame_number"], 0  # a game cut off has no score
 
         # Play T steps on N lanes.
-        explored = step / max(args.explore * args.steps, 1)
+        explored = step / (args.explore * args.steps) if args.explore else 1
         epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * explored)
         for t in range(T):
             obs_buffer[t] = torch.from_numpy(obs).permute(0, 2, 3, 1)

@@ -147,6 +147,12 @@ def test_experts_hand_over_their_weights(studio):
     )
 
 
+def test_an_expert_may_play_without_exploring_first(copy):
+    run(copy, EXPERT + " --game pong --steps 32 --explore 0 --out runs/calm")
+    (row,) = rows(copy / "runs/calm/log.csv")
+    assert float(row["epsilon"]) == 0.05
+
+
 def test_mimic_log_and_checkpoint(studio):
     mimic = load_checkpoint(studio / "runs/mimic", ("mimic",))
     assert mimic["games"] == ["pong", "boxing"] and len(mimic["experts"]) == 2
