@@ -7,7 +7,7 @@ which the expert's can be read off (feature regression).
 
     python train_mimic.py --steps 10_000 --out runs/try-mimic  # a minute or two
     python train_mimic.py                                  # all of experts/: half an hour on two
-                                                           # cores with AMX, 2 hours without
+                                                           # cores with AMX, 2 hours or so without
     python train_mimic.py --steps 25_000_000 --out runs/paper  # the paper's length: 35 hours
 
 Output: runs/mimic/ with checkpoint.pt (the same command goes on from it), log.csv, and mimic.pt,

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from unittest import mock
@@ -57,6 +58,12 @@ def run(folder, command):
     done = call(folder, command)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def run_all(folder, *commands):
+    """Run the commands side by side, which on two cores takes half as long."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(run, [folder] * len(commands), commands))
 
 
 def refused(folder, command, *words, **more):
@@ -113,8 +120,7 @@ def studio(tmp_path_factory):
     folder = tmp_path_factory.mktemp("studio")
     for name in (*SCRIPTS, "common"):
         shutil.copy(ROOT / f"{name}.py", folder)
-    run(folder, EXPERT + " --game pong")
-    run(folder, EXPERT + " --game boxing --hidden 16 20")
+    run_all(folder, EXPERT + " --game pong", EXPERT + " --game boxing --hidden 16 20")
     run(folder, MIMIC)
     return folder
 
@@ -236,17 +242,16 @@ def test_the_readme_shows_one_picture_under_the_mask_of_each_game(copy):
 
 
 def test_feature_weight_zero_leaves_the_regressors_alone(copy):
-    run(copy, MIMIC.replace("--steps 320", "--steps 32") + " --out runs/a --feature-weight 0")
-    run(copy, MIMIC + " --out runs/b --feature-weight 0")
+    long = MIMIC + " --feature-weight 0 --out runs/"
+    run_all(copy, long.replace("--steps 320", "--steps 32") + "a", long + "b")
     a, b = (load_checkpoint(copy / f"runs/{name}", ("mimic",)) for name in "ab")
     assert same(a["regressors"], b["regressors"]) and not same(a["net"], b["net"])
 
 
 def test_transfer_starts_from_the_mimic_and_the_control_does_not(copy):
     frozen = TRANSFER.replace("--steps 320", "--steps 32") + " --lr 1e-12"
-    run(copy, frozen + " --arm mimic")
-    run(copy, frozen + " --arm control")
-    run(copy, frozen + " --arm mimic --reset-head --out runs/reset")
+    starts = "mimic", "control", "mimic --reset-head --out runs/reset"
+    run_all(copy, *(f"{frozen} --arm {start}" for start in starts))
     mimic = load_checkpoint(copy / "runs/mimic", ("mimic",))["net"]
     arms = {
         arm: load_checkpoint(copy / f"runs/{arm}", ("transfer",))
@@ -271,8 +276,7 @@ def test_transfer_to_a_source_game_is_a_warning(copy):
 
 
 def test_evaluate_measures_draws_and_films(copy):
-    run(copy, TRANSFER)
-    run(copy, TRANSFER + " --seed 2")
+    run_all(copy, TRANSFER, TRANSFER + " --seed 2")
     said = run(
         copy,
         "evaluate.py --runs runs/mimic --random --games 2 --gif --film 5 --device cpu "
@@ -338,11 +342,8 @@ def test_a_film_alone_begins_after_some_steps(copy):
 
 def test_evaluate_is_repeatable_and_sticky_actions_change_it(copy):
     command = "evaluate.py --runs runs/expert-boxing/expert.pt --games 2 --device cpu --out "
-    tables = {}
-    for name, flags in (("a", ""), ("b", ""), ("c", " --sticky 0.25"), ("d", " --sticky 0 0.25")):
-        run(copy, command + name + flags)
-        with open(copy / name / "table.csv") as file:
-            tables[name] = list(csv.DictReader(file))
+    run_all(copy, *(command + out for out in ("a", "b", "c --sticky 0.25", "d --sticky 0 0.25")))
+    tables = {name: rows(copy / name / "table.csv") for name in "abcd"}
     assert tables["a"] == tables["b"] != tables["c"]
     # Several values in one call: the first one's table, and the means of the others.
     (mean,) = (row["mean"] for row in tables["c"])
@@ -354,9 +355,7 @@ def test_evaluate_is_repeatable_and_sticky_actions_change_it(copy):
 
 @pytest.mark.parametrize("command", [EXPERT + " --game boxing", MIMIC])
 def test_same_seed_same_run(copy, command):
-    for name in ("a", "b"):
-        run(copy, f"{command} --out runs/{name}")
-    run(copy, f"{command} --out runs/c --seed 2")
+    run_all(copy, *(f"{command} --out runs/{flags}" for flags in ("a", "b", "c --seed 2")))
     a, b, c = (load_checkpoint(copy / f"runs/{name}", ("expert", "mimic")) for name in "abc")
     for checkpoint in (a, b):
         del checkpoint["args"]["out"]
@@ -422,8 +421,8 @@ def test_a_mimics_weights_alone_serve_every_stage(copy):
 
 def test_what_ships_is_the_moving_average_of_the_weights_that_learn(copy):
     command = EXPERT.replace("--steps 320", "--steps 32") + " --game pong"  # one round of learning
-    for name, rate in (("copied", 1), ("slow", 0.25)):
-        run(copy, f"{command} --target-rate {rate} --out runs/{name}")
+    rates = "1 --out runs/copied", "0.25 --out runs/slow"
+    run_all(copy, *(f"{command} --target-rate {rate}" for rate in rates))
     copied, slow = (
         load_checkpoint(copy / f"runs/{name}", ("expert",)) for name in ("copied", "slow")
     )
