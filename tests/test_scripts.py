@@ -61,7 +61,7 @@ def run(folder, command):
 
 
 def run_all(folder, *commands):
-    """Run the commands side by side, which on two cores takes half as long."""
+    """Run the commands side by side: most of each is the start of Python, on one core."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(run, [folder] * len(commands), commands))
 
@@ -69,7 +69,7 @@ def run_all(folder, *commands):
 def refused(folder, command, *words, **more):
     """The command ends with status 2 and one line that holds all words, and changes no file.
 
-    Without more, which is for a process of its own, it runs in this one: Python starts slowly.
+    It runs in this process, since Python starts slowly; with more, flags of a process, in its own.
     """
     before = contents(folder)
     if more:
@@ -242,8 +242,8 @@ def test_the_readme_shows_one_picture_under_the_mask_of_each_game(copy):
 
 
 def test_feature_weight_zero_leaves_the_regressors_alone(copy):
-    long = MIMIC + " --feature-weight 0 --out runs/"
-    run_all(copy, long.replace("--steps 320", "--steps 32") + "a", long + "b")
+    command = MIMIC + " --feature-weight 0 --out runs/"
+    run_all(copy, command.replace("--steps 320", "--steps 32") + "a", command + "b")
     a, b = (load_checkpoint(copy / f"runs/{name}", ("mimic",)) for name in "ab")
     assert same(a["regressors"], b["regressors"]) and not same(a["net"], b["net"])
 
