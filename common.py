@@ -286,7 +286,7 @@ def save_checkpoint(path, args, **contents):
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     with whole_file(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        temporary.write_bytes(buffer.getvalue())
 
 
 def load_checkpoint(path, stages):
