@@ -286,6 +286,8 @@ def save_checkpoint(path, args, **contents):
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     with whole_file(path) as temporary:
+        # A copy: if the disk is full, getbuffer's view stays in the error, and freeing it there
+        # crashes Python 3.12.1.
         temporary.write_bytes(buffer.getvalue())
 
 
