@@ -43,45 +43,61 @@ TRANSFER = f"transfer.py --game breakout {TINY} {SHORT} --minibatch 16"
 
 
 def call(folder, command, **more):
+    """Run a command in a process of its own."""
     return subprocess.run(
         [sys.executable, *shlex.split(command)],
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         **more,
     )
 
 
-def run(folder, command):
-    done = call(folder, command)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def run_all(folder, *commands):
-    """Run the commands side by side: most of each is the start of Python, on one core."""
+def call_all(folder, *commands):
+    """Run commands in processes side by side: most of each is the start of Python, on one core."""
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(run, [folder] * len(commands), commands))
+        for done in pool.map(call, [folder] * len(commands), commands):
+            assert done.returncode == 0, done.stdout + done.stderr
+
+
+def call_here(folder, command):
+    """Run a command line in this process, as Python starts slowly: its status, output and errors."""
+    output, errors = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
+    argv, status = shlex.split(command), 0
+    module = importlib.import_module(argv[0].removesuffix(".py"))
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+        mock.patch("sys.argv", argv),
+        mock.patch.object(module.common, "Stop", lambda: False),  # leaves pytest's Ctrl-C alone
+    ):
+        try:
+            module.common.run(module.main, module.Args)
+        except SystemExit as ended:
+            status = ended.code
+    return status, *(stream.buffer.getvalue().decode() for stream in (output, errors))
+
+
+def run(folder, command):
+    """Run a command line that succeeds: its output."""
+    status, said, errors = call_here(folder, command)
+    assert status == 0, said + errors
+    return said
 
 
 def refused(folder, command, *words, **more):
     """The command ends with status 2 and one line that holds all words, and changes no file.
 
-    It runs in this process, since Python starts slowly; with more, flags of a process, in its own.
+    With more, flags of a process, it runs in its own.
     """
     before = contents(folder)
     if more:
         done = call(folder, command, **more)
         status, said = done.returncode, done.stderr
     else:
-        errors, argv = io.StringIO(), shlex.split(command)
-        module = importlib.import_module(argv[0].removesuffix(".py"))
-        with contextlib.chdir(folder), contextlib.redirect_stderr(errors):
-            with mock.patch("sys.argv", argv), pytest.raises(SystemExit) as ended:
-                module.common.run(module.main, module.Args)
-        status, said = ended.value.code, errors.getvalue()
+        status, _, said = call_here(folder, command)
     assert status == 2 and "Traceback" not in said, said
     assert said.count("\n") == 1, said
     assert all(word in said for word in words), said
@@ -120,8 +136,8 @@ def studio(tmp_path_factory):
     folder = tmp_path_factory.mktemp("studio")
     for name in (*SCRIPTS, "common"):
         shutil.copy(ROOT / f"{name}.py", folder)
-    run_all(folder, EXPERT + " --game pong", EXPERT + " --game boxing --hidden 16 20")
-    run(folder, MIMIC)
+    call_all(folder, EXPERT + " --game pong", EXPERT + " --game boxing --hidden 16 20")
+    call_all(folder, MIMIC)
     return folder
 
 
@@ -233,7 +249,7 @@ def test_the_readme_shows_one_picture_under_the_mask_of_each_game(copy):
     (copy / "masks.py").write_text(code + "    print(logits.tolist())\n")
     (copy / "mimics").mkdir()
     shutil.copy(copy / "runs/mimic/mimic.pt", copy / "mimics/mimic-s1.pt")
-    pong, first, boxing, second = run(copy, "masks.py").splitlines()
+    pong, first, boxing, second = call(copy, "masks.py").stdout.splitlines()
     assert first == second and pong.startswith("pong ") and boxing.startswith("boxing ")
     scores = ast.literal_eval(first)[0]
     legal = load_checkpoint(copy / "runs/expert-pong/expert.pt", ("expert",))["legal"]
@@ -243,15 +259,16 @@ def test_the_readme_shows_one_picture_under_the_mask_of_each_game(copy):
 
 def test_feature_weight_zero_leaves_the_regressors_alone(copy):
     command = MIMIC + " --feature-weight 0 --out runs/"
-    run_all(copy, command.replace("--steps 320", "--steps 32") + "a", command + "b")
+    run(copy, command.replace("--steps 320", "--steps 32") + "a")
+    run(copy, command + "b")
     a, b = (load_checkpoint(copy / f"runs/{name}", ("mimic",)) for name in "ab")
     assert same(a["regressors"], b["regressors"]) and not same(a["net"], b["net"])
 
 
 def test_transfer_starts_from_the_mimic_and_the_control_does_not(copy):
     frozen = TRANSFER.replace("--steps 320", "--steps 32") + " --lr 1e-12"
-    starts = "mimic", "control", "mimic --reset-head --out runs/reset"
-    run_all(copy, *(f"{frozen} --arm {start}" for start in starts))
+    for start in ("mimic", "control", "mimic --reset-head --out runs/reset"):
+        run(copy, f"{frozen} --arm {start}")
     mimic = load_checkpoint(copy / "runs/mimic", ("mimic",))["net"]
     arms = {
         arm: load_checkpoint(copy / f"runs/{arm}", ("transfer",))
@@ -271,12 +288,13 @@ def test_transfer_starts_from_the_mimic_and_the_control_does_not(copy):
 
 
 def test_transfer_to_a_source_game_is_a_warning(copy):
-    done = call(copy, TRANSFER.replace("breakout", "pong"))
-    assert done.returncode == 0 and "warning" in done.stderr
+    status, _, errors = call_here(copy, TRANSFER.replace("breakout", "pong"))
+    assert status == 0 and "warning" in errors
 
 
 def test_evaluate_measures_draws_and_films(copy):
-    run_all(copy, TRANSFER, TRANSFER + " --seed 2")
+    for seed in (1, 2):
+        run(copy, f"{TRANSFER} --seed {seed}")
     said = run(
         copy,
         "evaluate.py --runs runs/mimic --random --games 2 --gif --film 5 --device cpu "
@@ -341,8 +359,10 @@ def test_a_film_alone_begins_after_some_steps(copy):
 
 
 def test_evaluate_is_repeatable_and_sticky_actions_change_it(copy):
-    command = "evaluate.py --runs runs/expert-boxing/expert.pt --games 2 --device cpu --out "
-    run_all(copy, *(command + out for out in ("a", "b", "c --sticky 0.25", "d --sticky 0 0.25")))
+    run(copy, EXPERT + " --game breakout --steps 32")  # its games are short
+    command = "evaluate.py --runs runs/expert-breakout/expert.pt --games 2 --device cpu --out"
+    for out in ("a", "b", "c --sticky 0.25", "d --sticky 0 0.25"):
+        run(copy, f"{command} {out}")
     tables = {name: rows(copy / name / "table.csv") for name in "abcd"}
     assert tables["a"] == tables["b"] != tables["c"]
     # Several values in one call: the first one's table, and the means of the others.
@@ -355,7 +375,7 @@ def test_evaluate_is_repeatable_and_sticky_actions_change_it(copy):
 
 @pytest.mark.parametrize("command", [EXPERT + " --game boxing", MIMIC])
 def test_same_seed_same_run(copy, command):
-    run_all(copy, *(f"{command} --out runs/{flags}" for flags in ("a", "b", "c --seed 2")))
+    call_all(copy, *(f"{command} --out runs/{flags}" for flags in ("a", "b", "c --seed 2")))
     a, b, c = (load_checkpoint(copy / f"runs/{name}", ("expert", "mimic")) for name in "abc")
     for checkpoint in (a, b):
         del checkpoint["args"]["out"]
@@ -421,8 +441,8 @@ def test_a_mimics_weights_alone_serve_every_stage(copy):
 
 def test_what_ships_is_the_moving_average_of_the_weights_that_learn(copy):
     command = EXPERT.replace("--steps 320", "--steps 32") + " --game pong"  # one round of learning
-    rates = "1 --out runs/copied", "0.25 --out runs/slow"
-    run_all(copy, *(f"{command} --target-rate {rate}" for rate in rates))
+    for rate in ("1 --out runs/copied", "0.25 --out runs/slow"):
+        run(copy, f"{command} --target-rate {rate}")
     copied, slow = (
         load_checkpoint(copy / f"runs/{name}", ("expert",)) for name in ("copied", "slow")
     )
@@ -505,7 +525,6 @@ def start(folder, command, lines):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     log, deadline = folder / "runs/long/log.csv", time.time() + 120
     while not (log.exists() and len(log.read_text().splitlines()) > lines):
@@ -732,8 +751,8 @@ def test_mimic_does_not_go_on_with_other_experts(copy):
     expert = load_checkpoint(path, ("expert",))
     torch.save(expert | {"minutes": expert["minutes"] + 1}, path)  # trained once more
     refused(copy, MIMIC + " --steps 640", "other experts")
-    done = call(copy, "evaluate.py --runs runs/mimic --games 2 --device cpu")
-    assert done.returncode == 0 and "pong has no expert" in done.stderr
+    status, _, errors = call_here(copy, "evaluate.py --runs runs/mimic --games 2 --device cpu")
+    assert status == 0 and "pong has no expert" in errors
     experts = {row["game"]: row["expert"] for row in rows(copy / "results/table.csv")}
     assert experts["pong"] == "nan" and experts["boxing"] != "nan"
 
@@ -793,8 +812,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 def test_evaluate_finds_out_before_the_games_that_it_may_not_write(copy):
     command = "evaluate.py --runs runs/mimic --games 1 --device cpu"
-    done = call(copy, f"{command} --name {'x' * 250}")
-    assert done.returncode == 2 and "plays" not in done.stdout and "Traceback" not in done.stderr
+    status, said, errors = call_here(copy, f"{command} --name {'x' * 250}")
+    assert status == 2 and "plays" not in said and "Traceback" not in errors
 
 
 def test_full_disk_keeps_the_old_table(copy):
@@ -822,8 +841,8 @@ def test_full_disk_is_one_line_and_keeps_the_old_checkpoint(copy):
 
 @pytest.mark.parametrize("command", [EXPERT + " --game pong", MIMIC, TRANSFER])
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights(copy, command):
-    done = call(copy, f"{command} --out runs/wild --lr 1e30")
-    assert done.returncode == 2 and "not finite" in done.stderr and "Traceback" not in done.stderr
+    status, _, errors = call_here(copy, f"{command} --out runs/wild --lr 1e30")
+    assert status == 2 and "not finite" in errors and "Traceback" not in errors
     if (copy / "runs/wild/checkpoint.pt").exists():
         net = load_checkpoint(copy / "runs/wild", ("expert", "mimic", "transfer"))["net"]
         assert all(weight.isfinite().all() for weight in net.values())
@@ -836,7 +855,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights(c
 def test_one_script_and_common_are_enough(tmp_path, name):
     for file in (name, "common"):
         shutil.copy(ROOT / f"{file}.py", tmp_path)
-    assert "--seed" in run(tmp_path, f"{name}.py --help")
+    assert "--seed" in call(tmp_path, f"{name}.py --help").stdout
 
 
 def test_same_name_same_source():
@@ -872,7 +891,7 @@ def test_every_flag_is_used_and_explained(name):
         assert re.search(rf"\bargs\.{field.name}\b", body), f"--{field.name} does nothing"
 
 
-@pytest.mark.parametrize("path", ["README.md", *(f"{name}.py" for name in SCRIPTS)])
+@pytest.mark.parametrize("path", ["README.md", "results/README.md", *(f"{name}.py" for name in SCRIPTS)])
 def test_every_command_that_is_written_down_parses(path):
     text = (ROOT / path).read_text()
     commands = re.findall(
