@@ -62,7 +62,7 @@ def call_all(folder, *commands):
 
 
 def call_here(folder, command):
-    """Run a command line in this process, as Python starts slowly: its status, output and errors."""
+    """Run a command line in this process, as Python starts slowly: status, output, errors."""
     output, errors = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
     argv, status = shlex.split(command), 0
     module = importlib.import_module(argv[0].removesuffix(".py"))
@@ -891,7 +891,9 @@ def test_every_flag_is_used_and_explained(name):
         assert re.search(rf"\bargs\.{field.name}\b", body), f"--{field.name} does nothing"
 
 
-@pytest.mark.parametrize("path", ["README.md", "results/README.md", *(f"{name}.py" for name in SCRIPTS)])
+@pytest.mark.parametrize(
+    "path", ["README.md", "results/README.md", *(f"{name}.py" for name in SCRIPTS)]
+)
 def test_every_command_that_is_written_down_parses(path):
     text = (ROOT / path).read_text()
     commands = re.findall(
