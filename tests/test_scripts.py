@@ -55,10 +55,15 @@ def call(folder, command, **more):
 
 
 def call_all(folder, *commands):
-    """Run commands in processes side by side: most of each is the start of Python, on one core."""
+    """Run commands that succeed in processes side by side: their outputs.
+
+    Most of each is the start of Python, on one core.
+    """
     with ThreadPoolExecutor() as pool:
-        for done in pool.map(call, [folder] * len(commands), commands):
-            assert done.returncode == 0, done.stdout + done.stderr
+        ended = list(pool.map(call, [folder] * len(commands), commands))
+    for done in ended:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return [done.stdout for done in ended]
 
 
 def call_here(folder, command):
@@ -249,7 +254,8 @@ def test_the_readme_shows_one_picture_under_the_mask_of_each_game(copy):
     (copy / "masks.py").write_text(code + "    print(logits.tolist())\n")
     (copy / "mimics").mkdir()
     shutil.copy(copy / "runs/mimic/mimic.pt", copy / "mimics/mimic-s1.pt")
-    pong, first, boxing, second = call(copy, "masks.py").stdout.splitlines()
+    (said,) = call_all(copy, "masks.py")
+    pong, first, boxing, second = said.splitlines()
     assert first == second and pong.startswith("pong ") and boxing.startswith("boxing ")
     scores = ast.literal_eval(first)[0]
     legal = load_checkpoint(copy / "runs/expert-pong/expert.pt", ("expert",))["legal"]
@@ -360,9 +366,8 @@ def test_a_film_alone_begins_after_some_steps(copy):
 
 def test_evaluate_is_repeatable_and_sticky_actions_change_it(copy):
     run(copy, EXPERT + " --game breakout --steps 32")  # its games are short
-    command = "evaluate.py --runs runs/expert-breakout/expert.pt --games 2 --device cpu --out"
-    for out in ("a", "b", "c --sticky 0.25", "d --sticky 0 0.25"):
-        run(copy, f"{command} {out}")
+    command = "evaluate.py --runs runs/expert-breakout/expert.pt --games 2 --device cpu --out "
+    call_all(copy, *(command + out for out in ("a", "b", "c --sticky 0.25", "d --sticky 0 0.25")))
     tables = {name: rows(copy / name / "table.csv") for name in "abcd"}
     assert tables["a"] == tables["b"] != tables["c"]
     # Several values in one call: the first one's table, and the means of the others.
@@ -855,7 +860,8 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights(c
 def test_one_script_and_common_are_enough(tmp_path, name):
     for file in (name, "common"):
         shutil.copy(ROOT / f"{file}.py", tmp_path)
-    assert "--seed" in call(tmp_path, f"{name}.py --help").stdout
+    (said,) = call_all(tmp_path, f"{name}.py --help")
+    assert "--seed" in said
 
 
 def test_same_name_same_source():
