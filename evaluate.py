@@ -649,12 +649,13 @@ def main(args):
         for label, (net, games) in networks.items():
             results[label] = {}
             for game in games:
-                print(f"{label} plays {args.games} games of {game} ...", flush=True)
+                print(f"{label} plays {args.games} games of {game} ...", end=" ", flush=True)
                 first, *others = dict.fromkeys(args.sticky)
                 teacher = expert_of[label].get(game)
                 expert = networks[teacher][0] if teacher not in (None, label) else None
                 scores, judged = play(net, game, first, args, device, autocast, expert)
                 results[label][game], columns[label, game] = scores, judged
+                print(f"{scores.mean():.1f}")
                 for p in others:
                     scores, _ = play(net, game, p, args, device, autocast)
                     columns[label, game][f"sticky {p:g}"] = scores.mean()
