@@ -28,7 +28,7 @@ import pytest
 import torch
 
 from common import UserError, load_checkpoint, load_state, parse_args, save_checkpoint
-from evaluate import MEDIAN, group_curves
+from evaluate import MEDIAN, PAPER, group_curves
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_expert", "train_mimic", "transfer", "evaluate")
@@ -912,6 +912,34 @@ def test_every_command_that_is_written_down_parses(path):
         files = [f for f in flags if f.startswith(("experts/", "results/")) and "*" not in f]
         assert all((ROOT / file).exists() for file in files), command
         parse_args(importlib.import_module(script.removesuffix(".py")).Args, flags)
+
+
+def agrees(cell, number):
+    """A cell of a table, such as 59,080 or 19.8, is the number, rounded to as many digits."""
+    digits = len(cell.partition(".")[2])
+    return abs(float(cell.replace(",", "")) - float(number)) <= 0.51 * 10**-digits
+
+
+def test_the_tables_of_the_readme_say_what_the_files_in_results_hold():
+    text = (ROOT / "README.md").read_text()
+    # The mimic's, as evaluate.py prints it.
+    lines = re.findall(r"^(?:network|runs/mimic) {2,}.*", text, re.M)
+    header, *printed = [re.split(" {2,}", line) for line in lines]
+    table = {(row["network"], row["game"]): row for row in rows(ROOT / "results/mimic.csv")}
+    assert sorted(game for _, game, *_ in printed) == sorted(PAPER)
+    for network, game, *cells in printed:
+        for name, cell in zip(header[2:], cells, strict=True):
+            assert agrees(cell, table[network, game][name]), (game, name)
+    # The experts', put together by hand.
+    table = rows(ROOT / "results/experts.csv")
+    assert len(table) == len(PAPER)
+    for row in table:
+        title = row["game"].replace("_", " ").title()
+        (line,) = re.findall(rf"^\| {title} \| .*", text, re.M)
+        *_, score, paper, percent, sticky = [cell.strip() for cell in line.split("|")[1:-1]]
+        assert agrees(score, row["mean"]) and agrees(sticky, row["sticky 0.25"]), title
+        assert agrees(paper, row["paper_dqn"]), title
+        assert agrees(percent, 100 * float(row["mean"]) / float(row["paper_dqn"])), title
 
 
 def test_numbers_may_be_written_in_three_ways():
