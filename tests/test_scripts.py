@@ -915,7 +915,10 @@ def test_every_command_that_is_written_down_parses(path):
 
 
 def agrees(cell, number):
-    """A cell of a table, such as 59,080 or 19.8, is the number, rounded to as many digits."""
+    """A cell of a table, such as 59,080 or 19.8, is the number, rounded to as many digits.
+
+    A little more than half a digit, since the files hold six digits, rounded once before.
+    """
     digits = len(cell.partition(".")[2])
     return abs(float(cell.replace(",", "")) - float(number)) <= 0.51 * 10**-digits
 
