@@ -104,7 +104,7 @@ class Args:
         common.require(self.runs or not (self.random or self.gif), "--random and --gif need --runs")
         taken = self.random and Path("random") in map(Path, self.runs)
         common.require(not taken, "the row of --random would hide the run named random: rename it")
-        common.require_range(self, 0, 10_000, "games")
+        common.require_range(self, 0, 1_000, "games")
         idle = self.random or (self.runs and not self.gif)
         common.require(self.games or not idle, "--games 0 plays none: it needs --gif, not --random")
         common.require_range(self, 1, 10_000, "film")
@@ -199,11 +199,14 @@ def play(net, game, sticky, args, device, autocast, expert=None):
     without an expert: the share on which both prefer one action, and the value that its choices
     lose, as its expert's Q-values have it, in per cent of what random legal actions would lose.
     """
-    envs, legal = make_envs(game, args.games, sticky), legal_actions(game)
+    # An emulator for each lane, so that those whose game is over rest while the others play on.
+    envs, legal = [make_envs(game, 1, sticky) for _ in range(args.games)], legal_actions(game)
     rng = torch.Generator().manual_seed(args.seed)
-    obs, info = envs.reset(seed=torch.randint(2**31 - 1, (args.games,), generator=rng).numpy())
-    frame, scores = info["episode_frame_number"], np.zeros(args.games)
-    playing = np.ones(args.games, dtype=bool)  # each lane's first game; what follows is not counted
+    seeds = torch.randint(2**31 - 1, (args.games,), generator=rng).tolist()
+    starts = [env.reset(seed=seed) for env, seed in zip(envs, seeds)]
+    obs = np.concatenate([obs for obs, _ in starts])
+    frame = np.concatenate([info["episode_frame_number"] for _, info in starts])
+    scores, playing = np.zeros(args.games), np.ones(args.games, dtype=bool)
     logits = torch.zeros(args.games, 18)
     met, judged = 0, np.zeros(3)
     while playing.any():
@@ -215,11 +218,16 @@ def play(net, game, sticky, args, device, autocast, expert=None):
                 if expert is not None:
                     met += len(pictures)
                     judged += judge(logits[active], expert(pictures)[0].cpu(), legal)
-        actions = act(logits, legal, args.epsilon if net is not None else 1.0, rng)
-        obs, reward, _, _, info = envs.step(actions.numpy())
-        scores += reward * playing
-        playing &= info["episode_frame_number"] > frame  # the counter falls when a new game begins
-        frame = info["episode_frame_number"]
+        actions = act(logits, legal, args.epsilon if net is not None else 1.0, rng).numpy()
+        lanes = np.flatnonzero(playing)
+        for lane in lanes:
+            envs[lane].send(actions[lane : lane + 1])
+        for lane in lanes:
+            obs[lane], reward, _, _, info = envs[lane].recv()
+            scores[lane] += reward[0]
+            # The counter falls when a new game begins: it is not played.
+            playing[lane] = info["episode_frame_number"][0] > frame[lane]
+            frame[lane] = info["episode_frame_number"][0]
     agreed, lost, at_random = judged
     return scores, {
         "% agreement": 100 * agreed / met if met else math.nan,
