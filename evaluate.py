@@ -287,9 +287,9 @@ def load_networks(args, device):
     """Read the checkpoints of `--runs`, and the experts of each mimic if they are still there.
 
     Returns {label: (net, games)}, net being None for the random policy, and {label: {game: label of
-    the expert that this network is compared with}}: a mimic's own, for others the first at hand.
+    the expert that this network is compared with}}: a mimic's own, for others the only one named.
     """
-    networks, experts, own = {}, {}, {}
+    networks, named, own = {}, {}, {}
     paths = list(dict.fromkeys(str(Path(path)) for path in args.runs))  # a/ is a, and read once
     for path in paths:  # grows: a mimic adds its experts
         checkpoint = common.load_checkpoint(path, ("expert", "mimic", "transfer"))
@@ -298,14 +298,16 @@ def load_networks(args, device):
         games = checkpoint["games"]
         networks[path] = net, games
         if checkpoint["stage"] == "expert":
-            experts.setdefault(games[0], path)
+            named.setdefault(games[0], []).append(path)
         if checkpoint["stage"] == "mimic":
             own[path] = find_teachers(checkpoint)
             paths += [teacher for teacher in own[path].values() if teacher not in paths]
     if args.random:
         played = {game for _, games in networks.values() for game in games}
         networks["random"] = None, sorted(played)
-    return networks, {label: own.get(label, experts) for label in networks}
+    # Of several experts of one game none is the measure: seeds would be in per cent of the first.
+    only = {game: experts[0] for game, experts in named.items() if len(experts) == 1}
+    return networks, {label: own.get(label, only) for label in networks}
 
 
 def find_teachers(mimic):
@@ -446,13 +448,16 @@ def draw_bars(rows, groups, expert_of, path):
     Seeds of one thing are one bar, their mean, and a dot each; a dotted line goes on from the first
     bar, to compare the others with it. Where all the paper's games are there, its network stands
     beside them, in per cent of its own experts. Without such networks, or without experts to
-    compare them with, scores are in per cent of a human's.
+    compare them with, scores are in per cent of a human's. Without those either, it draws nothing
+    and returns False.
     """
     students = [row for row in rows if row["network"] != expert_of[row["network"]].get(row["game"])]
     if all(row["network"] == "random" for row in students):
         students = []  # then the experts themselves are what is shown
     unit = "% human" if all(math.isnan(row["% expert"]) for row in students) else "% expert"
-    rows = students or rows
+    rows = [row for row in students or rows if not math.isnan(row[unit])]
+    if not rows:
+        return False
     games = list(dict.fromkeys(row["game"] for row in rows))
     if unit == "% expert" and PAPER.keys() <= set(games):
         for game, (dqn, amn) in PAPER.items():
@@ -495,6 +500,7 @@ def draw_bars(rows, groups, expert_of, path):
     panel.invert_yaxis()
     figure.supxlabel(f"{unit} (score)", fontsize=9)
     save_figure(figure, path)
+    return True
 
 
 def save_figure(figure, path):
@@ -667,7 +673,7 @@ def main(args):
                 for p in others:
                     scores, _ = play(net, game, p, args, device, autocast)
                     columns[label, game][f"sticky {p:g}"] = scores.mean()
-        for name in list(judged):
+        for name in ("% agreement", "% value lost"):
             if all(math.isnan(further[name]) for further in columns.values()):
                 for further in columns.values():  # no network has an expert to judge it
                     del further[name]
@@ -678,8 +684,8 @@ def main(args):
         print_summary(results, expert_of)
         write_csv(rows, table)
         groups = group_seeds(results, expert_of)
-        draw_bars(rows, groups, expert_of, out / f"{args.name}.png")
-        print(f"wrote {table} and .png")
+        drawn = draw_bars(rows, groups, expert_of, out / f"{args.name}.png")
+        print(f"wrote {table}" + (" and .png" if drawn else "; no bars: no expert, no human"))
     if curves:
         draw_curves(curves, out / f"{args.name}-curves.png")
         print(f"wrote {out / args.name}-curves.png")
