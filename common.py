@@ -363,7 +363,8 @@ def open_run(folder, stage, args):
     if not (folder / "checkpoint.pt").exists():
         for name in ("log.csv", "expert.pt", "mimic.pt"):
             if (folder / name).exists():
-                raise UserError(f"{folder} holds {name} without its checkpoint; name another --out")
+                lone = f"{folder} holds {name} without its checkpoint"
+                raise UserError(f"{lone}: delete that file, or name another --out")
         return None
     checkpoint = load_checkpoint(folder, (stage,))
     for name, now in plain(args).items():
