@@ -6,7 +6,7 @@ Q(lambda) returns of the last few steps stand in for the replay buffer. Unlike P
 network. DQN's is an old copy of the weights; this one is their moving average, and it plays, too.
 
     python train_expert.py --game pong --steps 50_000 --out runs/try-expert  # a minute
-    python train_expert.py --game pong                     # two cores: a quarter of an hour
+    python train_expert.py --game atlantis                 # two cores: a quarter of an hour
     python train_expert.py --game pong --steps 25_000_000  # as in the paper's Figure 1: four hours
 
 Output: runs/expert-<game>/ with checkpoint.pt (the same command goes on from it), log.csv, and

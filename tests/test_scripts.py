@@ -375,6 +375,20 @@ def test_evaluate_is_repeatable_and_sticky_actions_change_it(copy):
     assert tables["d"] == [{**row, "sticky 0.25": mean} for row in tables["a"]]
 
 
+def test_seeds_of_an_expert_are_not_measured_by_the_first_and_without_measure_no_bars(copy):
+    run(copy, EXPERT + " --game breakout --steps 32")  # its games are short
+    expert = load_checkpoint(copy / "runs/expert-breakout/expert.pt", ("expert",))
+    for name, game in (("own-s1", "breakout"), ("own-s2", "breakout"), ("jet", "journey_escape")):
+        torch.save({**expert, "games": [game]}, copy / f"{name}.pt")
+    command = "evaluate.py --games 2 --device cpu --runs "
+    flags = ("own-s1.pt own-s2.pt", "jet.pt --name jet")
+    said, other = call_all(copy, *(command + more for more in flags))
+    assert [row["% expert"] for row in rows(copy / "results/table.csv")] == ["nan", "nan"]
+    assert "own.pt (2 seeds), per cent of human" in said and "per cent of expert" not in said
+    assert (copy / "results/table.png").exists() and "table.csv and .png" in said
+    assert not (copy / "results/jet.png").exists() and "no bars" in other
+
+
 # One run, stopped and continued
 
 
@@ -943,6 +957,32 @@ def test_the_tables_of_the_readme_say_what_the_files_in_results_hold():
         assert agrees(score, row["mean"]) and agrees(sticky, row["sticky 0.25"]), title
         assert agrees(paper, row["paper_dqn"]), title
         assert agrees(percent, 100 * float(row["mean"]) / float(row["paper_dqn"])), title
+
+
+def test_the_table_of_ablations_says_what_its_file_holds():
+    text = (ROOT / "README.md").read_text()
+    table = {}  # {name of the row: {game: rows of its seeds}}
+    for row in rows(ROOT / "results/mimic_ablations.csv"):
+        if row["network"].startswith("runs/ablation/"):
+            name = row["network"].removeprefix("runs/ablation/").rpartition("-s")[0]
+            table.setdefault(name, {}).setdefault(row["game"], []).append(row)
+
+    def mean(seeds, column):
+        return sum(float(row[column]) for row in seeds) / len(seeds)
+
+    for name, by_game in table.items():
+        (line,) = re.findall(rf"^\| {re.escape(name)} \| .*", text, re.M)
+        *_, breakout, seaquest, agreement, lost = line.split("|")[:-1]
+        cells = zip((breakout, seaquest), agreement.split(", "), lost.split(", "), strict=True)
+        for game, (score, agreed, valued) in zip(("breakout", "seaquest"), cells, strict=True):
+            seeds = by_game[game]
+            assert len(seeds) == 2
+            score, percent = re.match(r" ([\d,]+) \((\d+) %, ", score).groups()
+            assert agrees(score, mean(seeds, "mean")), (name, game)
+            assert agrees(percent, mean(seeds, "% expert")), (name, game)
+            assert agrees(agreed, mean(seeds, "% agreement")), (name, game)
+            assert agrees(valued, mean(seeds, "% value lost")), (name, game)
+    assert len(table) >= 10
 
 
 def test_numbers_may_be_written_in_three_ways():
