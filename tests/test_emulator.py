@@ -2,6 +2,7 @@
 
 import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from ale_py import Action, ALEInterface, LoggerMode, roms
 
 import evaluate
+from common import load_checkpoint
 from evaluate import bootstrap, interquartile_mean, print_summary
 from train_expert import act, legal_actions, make_envs
 from train_mimic import FrameReplay
@@ -240,6 +242,22 @@ def test_the_figure_has_a_bar_for_each_group_of_seeds(monkeypatch):
         assert [bar.get_width() for bar in panel.patches] == [30, 75]  # per cent of the teacher
         dots = [line.get_xdata() for line in panel.lines if len(line.get_xdata()) == 2][0]
         assert list(dots) == [20, 40]
+
+
+def test_seeds_of_an_expert_are_not_measured_by_the_first_and_without_measure_no_bars(tmp_path):
+    expert = load_checkpoint(Path(__file__).parent.parent / "experts/breakout.pt", ("expert",))
+    for game, seeds, percent in (("breakout", (1, 2), np.nan), ("alien", (1,), 100)):
+        paths = [str(tmp_path / f"{game}-s{seed}.pt") for seed in seeds]
+        for path in paths:
+            torch.save({**expert, "games": [game]}, path)
+        networks, expert_of = evaluate.load_networks(evaluate.Args(runs=tuple(paths)), "cpu")
+        results = {label: {game: np.array([20.0, 30.0])} for label in networks}
+        rows, picture = evaluate.make_rows(results, expert_of), tmp_path / f"{game}.png"
+        np.testing.assert_equal([row["% expert"] for row in rows], [percent] * len(seeds))
+        groups = evaluate.group_seeds(results, expert_of)
+        drawn = evaluate.draw_bars(rows, groups, expert_of, picture)
+        # Of Alien no human's score is at hand.
+        assert drawn == picture.exists() == (game == "breakout")
 
 
 @pytest.mark.parametrize("games", [("pong", "krull"), ("pong",)])

@@ -375,20 +375,6 @@ def test_evaluate_is_repeatable_and_sticky_actions_change_it(copy):
     assert tables["d"] == [{**row, "sticky 0.25": mean} for row in tables["a"]]
 
 
-def test_seeds_of_an_expert_are_not_measured_by_the_first_and_without_measure_no_bars(copy):
-    run(copy, EXPERT + " --game breakout --steps 32")  # its games are short
-    expert = load_checkpoint(copy / "runs/expert-breakout/expert.pt", ("expert",))
-    for name, game in (("own-s1", "breakout"), ("own-s2", "breakout"), ("jet", "journey_escape")):
-        torch.save({**expert, "games": [game]}, copy / f"{name}.pt")
-    command = "evaluate.py --games 2 --device cpu --runs "
-    flags = ("own-s1.pt own-s2.pt", "jet.pt --name jet")
-    said, other = call_all(copy, *(command + more for more in flags))
-    assert [row["% expert"] for row in rows(copy / "results/table.csv")] == ["nan", "nan"]
-    assert "own.pt (2 seeds), per cent of human" in said and "per cent of expert" not in said
-    assert (copy / "results/table.png").exists() and "table.csv and .png" in said
-    assert not (copy / "results/jet.png").exists() and "no bars" in other
-
-
 # One run, stopped and continued
 
 
