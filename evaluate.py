@@ -104,7 +104,7 @@ class Args:
         common.require(self.runs or not (self.random or self.gif), "--random and --gif need --runs")
         taken = self.random and Path("random") in map(Path, self.runs)
         common.require(not taken, "the row of --random would hide the run named random: rename it")
-        common.require_range(self, 0, 1_000, "games")
+        common.require_range(self, 0, 1_000, "games")  # an emulator for each takes 0.2 s to start
         idle = self.random or (self.runs and not self.gif)
         common.require(self.games or not idle, "--games 0 plays none: it needs --gif, not --random")
         common.require_range(self, 1, 10_000, "film")
@@ -222,12 +222,13 @@ def play(net, game, sticky, args, device, autocast, expert=None):
         lanes = np.flatnonzero(playing)
         for lane in lanes:
             envs[lane].send(actions[lane : lane + 1])
+        # Received after all were sent: so the lanes step at the same time.
         for lane in lanes:
-            obs[lane], reward, _, _, info = envs[lane].recv()
+            obs[lane : lane + 1], reward, _, _, info = envs[lane].recv()
             scores[lane] += reward[0]
-            # The counter falls when a new game begins: it is not played.
-            playing[lane] = info["episode_frame_number"][0] > frame[lane]
-            frame[lane] = info["episode_frame_number"][0]
+            next_frame = info["episode_frame_number"][0]
+            playing[lane] = next_frame > frame[lane]  # it falls when the next game begins
+            frame[lane] = next_frame
     agreed, lost, at_random = judged
     return scores, {
         "% agreement": 100 * agreed / met if met else math.nan,
@@ -685,7 +686,7 @@ def main(args):
         write_csv(rows, table)
         groups = group_seeds(results, expert_of)
         drawn = draw_bars(rows, groups, expert_of, out / f"{args.name}.png")
-        print(f"wrote {table}" + (" and .png" if drawn else "; no bars: no expert, no human"))
+        print(f"wrote {table}" + (" and .png" if drawn else "; no bars: no score to compare with"))
     if curves:
         draw_curves(curves, out / f"{args.name}-curves.png")
         print(f"wrote {out / args.name}-curves.png")

@@ -223,6 +223,22 @@ def test_a_network_agrees_with_itself_and_never_with_its_opposite():
     assert (scores == again).all()  # who watches does not change the games
 
 
+def test_a_score_is_of_each_lanes_first_game_alone():
+    args = evaluate.Args(runs=("",), games=5, seed=3)
+    scores, _ = evaluate.play(None, "breakout", 0.0, args, torch.device("cpu"), nullcontext())
+    # The same games on emulators that all play on until the last one's game is over.
+    envs, legal, rng = make_envs("breakout", 5), legal_actions("breakout"), torch.Generator()
+    rng.manual_seed(3)
+    envs.reset(seed=torch.randint(2**31 - 1, (5,), generator=rng).numpy())
+    first, lives_lost = np.zeros(5), np.zeros(5)
+    while lives_lost.min() < 5:
+        actions = act(torch.zeros(5, 18), legal, 1.0, rng)
+        _, reward, terminated, _, _ = envs.step(actions.numpy())
+        first += reward * (lives_lost < 5)
+        lives_lost += terminated
+    assert scores.tolist() == first.tolist() and len(set(scores)) > 1
+
+
 def test_the_figure_has_a_bar_for_each_group_of_seeds(monkeypatch):
     figures = []
     monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: figures.append(figure))
