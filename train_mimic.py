@@ -41,7 +41,7 @@ class Args:
     objective: str = "policy"  # policy, or q: squared error on Q-values (no temperature)
     temperature: float = 0.3  # of the experts' softmax, in units of q_spread (paper: 1, plain)
     feature_weight: float = 0.1  # of feature regression; 0: none (paper: 0, and 0.01)
-    actor: str = "student"  # who plays: student, expert (no scores in the log), or both by halves
+    actor: str = "student"  # who plays: student, expert (no scores in the log), or both in turn
     epsilon: float = 0.1  # share of random actions of whoever plays
     lanes: int = 16  # emulators of each game
     rollout: int = 16  # steps of each lane between two rounds of learning
@@ -62,8 +62,6 @@ class Args:
         common.require_positive(self, "rollout", "updates", "minibatch", "lr", "report_every")
         common.require_shares(self, "epsilon", "decay")
         common.require_range(self, 1, 10_000, "lanes")
-        halves = self.actor != "both" or self.lanes % 2 == 0
-        common.require(halves, "--actor both needs an even number of --lanes")
         common.require_range(self, 0, 1e30, "lr")  # far beyond any that make sense
         common.require_range(self, 1e-6, 1e6, "temperature")  # outside, the softmax is not finite
         common.require(self.out, "--out must name a folder")
@@ -303,23 +301,27 @@ def main(args):
     obs = torch.stack([torch.from_numpy(first) for first, _ in resets])  # (G, N, 4, 84, 84)
     frame = np.stack([info["episode_frame_number"] for _, info in resets])  # (G, N)
     age, returns = torch.zeros((G, N), dtype=torch.int64), np.zeros((G, N))
-    S = {"student": N, "both": N // 2, "expert": 0}[args.actor]  # lanes that the student plays
+    game_over = student_plays = np.ones((G, N), dtype=bool)  # a game begins in every lane
     stop, start, next_report = common.Stop(), step, step
 
     while step < args.steps:
-        # Play T steps on all lanes of all games; --actor says whose actions count.
+        # Play T steps on all lanes of all games. With --actor both the experts hand one lane after
+        # the other over to the student, as in DAgger (Ross et al., 2011).
+        share = {"student": 1, "both": step / args.steps, "expert": 0}[args.actor]
         for t in range(T):
+            # Who begins a game plays it to its end.
+            student_plays = np.where(game_over, np.arange(N) < N * share, student_plays)
             obs_buffer[:, t], age_buffer[:, t] = obs, age
             device_obs = obs.to(device)
             # Logits in the lanes that the student plays, Q-values in those of the experts.
             values = torch.zeros(G, N, 18, device=device)
             with torch.inference_mode(), autocast:
-                if S > 0:
-                    logits, _ = student(device_obs[:, :S].flatten(0, 1))
-                    values[:, :S] = logits.view(G, S, 18)
-                if S < N:
-                    for g, net in enumerate(expert_nets):
-                        values[g, S:], _ = net(device_obs[g, S:])
+                if student_plays.any():
+                    values[student_plays], _ = student(device_obs[student_plays])
+                for g, net in enumerate(expert_nets):
+                    others = ~student_plays[g]
+                    if others.any():
+                        values[g, others], _ = net(device_obs[g, others])
             values = values.flatten(0, 1).cpu()
             actions = act(values, legal.repeat_interleave(N, 0), args.epsilon, rng)
             for env, action in zip(envs, actions.view(G, N).numpy()):
@@ -333,8 +335,7 @@ def main(args):
             age = torch.where(torch.from_numpy(game_over), 0, (age + 1).clamp(max=3))
             returns += np.stack(reward)
             for g in range(G):
-                ended = game_over[g, :S]
-                scores[g].extend(returns[g, :S][ended].tolist())
+                scores[g].extend(returns[g, game_over[g] & student_plays[g]].tolist())
             returns[game_over] = 0
 
         # Each game's expert judges what was met, once and all of it together, which is faster.

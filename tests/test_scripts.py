@@ -6,6 +6,7 @@ What they hand over, what a stop or a crash loses, what bad input gets, and the 
 import ast
 import contextlib
 import csv
+import functools
 import importlib
 import io
 import math
@@ -222,16 +223,20 @@ def test_each_expert_judges_what_its_own_game_shows(copy, monkeypatch, actor):
         acted.append(actions.copy())
         plain_send(env, actions)
 
+    monkeypatch.setattr(module.common, "Stop", lambda: False)  # leaves pytest's Ctrl-C alone
+    paths = [f"{copy}/runs/expert-{game}/expert.pt" for game in ("pong", "boxing")]
+    flags = {"lanes": N, "rollout": 8, "epsilon": 0.0, "precision": "float32", "actor": actor}
+    flags |= {"experts": tuple(paths), "out": str(copy / "runs/new"), "updates": 2}
+    module.main(module.Args(steps=8 * N, **flags))  # one round: then both have half of the lanes
     plain_send = module.AtariVectorEnv.send
     monkeypatch.setattr(module.AtariVectorEnv, "send", send)
     monkeypatch.setattr(module.FrameReplay, "add", add)
     monkeypatch.setattr(module, "q_spread", lambda *_: sys.exit("the labels are there"))
-    monkeypatch.setattr(module.common, "Stop", lambda: False)  # leaves pytest's Ctrl-C alone
-    paths = [f"{copy}/runs/expert-{game}/expert.pt" for game in ("pong", "boxing")]
-    flags = {"lanes": N, "rollout": 8, "epsilon": 0.0, "precision": "float32", "actor": actor}
     with pytest.raises(SystemExit, match="the labels"):
-        module.main(module.Args(experts=tuple(paths), out=str(copy / "runs/new"), **flags))
-    by_experts = {"student": [], "both": [2, 3], "expert": [0, 1, 2, 3]}[actor]
+        module.main(module.Args(steps=16 * N, **flags))
+    student = module.AtariNet()
+    student.load_state_dict(load_checkpoint(copy / "runs/new/checkpoint.pt", ("mimic",))["net"])
+    student_lanes = {"student": N, "both": N // 2, "expert": 0}[actor]
     for g, (path, entries) in enumerate(zip(paths, added.values(), strict=True)):
         expert, net = module.load_expert(path)
         legal = torch.zeros(18, dtype=torch.bool)
@@ -240,13 +245,28 @@ def test_each_expert_judges_what_its_own_game_shows(copy, monkeypatch, actor):
         for t, (obs, age, q_values, features) in enumerate(entries):
             with torch.no_grad():
                 wanted_q, wanted_features = net(obs)
+                values = torch.cat([student(obs)[0][:student_lanes], wanted_q[student_lanes:]])
             torch.testing.assert_close(q_values, wanted_q)
             torch.testing.assert_close(features, wanted_features)
             if t > 0:  # no game ends this early: the stack moves on by one frame
                 assert torch.equal(obs[:, :3], entries[t - 1][0][:, 1:])
             assert age.tolist() == N * [min(t, 3)]
-            greedy = wanted_q.masked_fill(~legal, -torch.inf).argmax(1)
-            assert acted[2 * t + g][by_experts].tolist() == greedy[by_experts].tolist()
+            greedy = values.masked_fill(~legal, -torch.inf).argmax(1)
+            assert acted[2 * t + g].tolist() == greedy.tolist()
+
+
+def test_a_lane_goes_over_to_the_student_between_two_games(copy, monkeypatch):
+    module = importlib.import_module("train_mimic")
+    short = functools.partial(module.make_envs, max_frames=400)  # games of 93 to 100 steps
+    monkeypatch.setattr(module, "make_envs", short)
+    monkeypatch.setattr(module.common, "Stop", lambda: False)  # leaves pytest's Ctrl-C alone
+    experts = (str(copy / "runs/expert-pong/expert.pt"),)
+    flags = {"lanes": 4, "rollout": 8, "updates": 1, "actor": "both", "steps": 4 * 320}
+    module.main(module.Args(experts=experts, out=str(copy / "runs/new"), **flags))
+    # Of the three games of every lane the experts have the first, the student the second in two
+    # lanes and the third in three.
+    (scores,) = load_checkpoint(copy / "runs/new", ("mimic",))["scores"]
+    assert len(scores) == 5
 
 
 def test_the_readme_shows_one_picture_under_the_mask_of_each_game(copy):
@@ -631,7 +651,6 @@ def test_expert_refuses_flags_out_of_range(studio, flags, words):
         ("--temperature 0", ["--temperature"]),
         ("--feature-weight -1", ["--feature-weight"]),
         ("--actor me", ["--actor"]),
-        ("--actor both --lanes 3", ["--actor", "--lanes"]),
         ("--objective v", ["--objective"]),
         ("--replay 3", ["--replay"]),
         ("--updates 0", ["--updates"]),
