@@ -41,14 +41,14 @@ class Args:
     objective: str = "policy"  # policy, or q: squared error on Q-values (no temperature)
     temperature: float = 0.3  # of the experts' softmax, in units of q_spread (paper: 1, plain)
     feature_weight: float = 0.1  # of feature regression; 0: none (paper: 0, and 0.01)
-    actor: str = "student"  # who plays: student, expert (no scores in the log), or both in turn
+    actor: str = "student"  # who plays: student, expert (no scores in the log), both: expert first
     epsilon: float = 0.1  # share of random actions of whoever plays
     lanes: int = 16  # emulators of each game
     rollout: int = 16  # steps of each lane between two rounds of learning
     updates: int = 32  # gradient steps per round: each observation is learned from twice (as paper)
     minibatch: int = 16  # observations of each game per gradient step (paper: 8)
     replay: int = 20_000  # observations kept of each game, 0.15 GB (paper: 100_000)
-    lr: float = 2e-3  # of Adam; 1e-3 and 4e-3 ended at a higher loss (short runs, --actor both)
+    lr: float = 2e-3  # of Adam; 1e-3 and 4e-3 ended at a higher loss (short runs, half by experts)
     decay: float = 0.5  # share of the run over which lr falls to zero, at its end
     report_every: int = 20_000  # steps between two lines of the log, each with a checkpoint
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -305,11 +305,11 @@ def main(args):
     stop, start, next_report = common.Stop(), step, step
 
     while step < args.steps:
-        # Play T steps on all lanes of all games. With --actor both the experts hand one lane after
-        # the other over to the student, as in DAgger (Ross et al., 2011).
+        # Play T steps on all lanes of all games. The share is that of the lanes which the student
+        # plays: with --actor both it grows from 0 to 1, as in DAgger (Ross et al., 2011).
         share = {"student": 1, "both": step / args.steps, "expert": 0}[args.actor]
         for t in range(T):
-            # Who begins a game plays it to its end.
+            # Whoever begins a game plays it to its end, so that every score is of one player.
             student_plays = np.where(game_over, np.arange(N) < N * share, student_plays)
             obs_buffer[:, t], age_buffer[:, t] = obs, age
             device_obs = obs.to(device)
