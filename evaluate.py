@@ -12,7 +12,7 @@ A score is the raw return of a whole game, played with epsilon 0.05 after 0 to 2
 Output: the table, also as results/table.csv; bars in table.png, learning curves in
 table-curves.png, the film in table.gif. --out and --name choose another folder and another name.
 Networks and logs whose names differ only in -s<seed> are seeds of one thing, and get an interval
-over seeds.
+over seeds (curves: of three or more).
 """
 
 import csv
@@ -77,7 +77,7 @@ PAPER = {
 rcParams["text.parse_math"] = False  # a $ in the name of a run is no formula
 
 # Half-widths of a 95 % interval of a mean, in standard errors, by number of seeds (Student's t).
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+STUDENT_T = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 MEDIAN = "median of all games"  # a panel of the curves, beside those of games
 PAPERS = "paper's, of its own experts"  # a bar of each game
 
@@ -534,7 +534,7 @@ def group_curves(paths):
     paths = [Path(path).resolve() for path in paths]
     for path in dict.fromkeys(path / "log.csv" if path.is_dir() else path for path in paths):
         log, name = read_log(path), path.parent.name if path.stem == "log" else path.stem
-        name = name.removesuffix("-log")  # results/mimic-log.csv is the log of runs/mimic
+        name = name.removesuffix("-log")  # results/mimic-s1-log.csv is the log of mimic-s1
         if named.setdefault(name, path) != path:
             raise common.UserError(f"{path} and {named[name]} are both named {name}: rename one")
         label = without_seed(name)
@@ -553,9 +553,9 @@ def group_curves(paths):
 
 
 def draw_curves(groups, path):
-    """Draw score against steps, a panel per game; several seeds give a mean and a 95 % interval.
+    """Draw score against steps, a panel per game; seeds are thin lines, with a thick one, their mean.
 
-    Curves end where the shortest seed's log does.
+    Three seeds or more have its 95 % interval, too. Curves end where the shortest seed's log does.
     """
     lines = math.ceil(len(groups) / 4)
     columns = math.ceil(len(groups) / lines)
@@ -572,6 +572,8 @@ def draw_curves(groups, path):
             name = f"{name} ({len(seeds)} seeds)" if len(seeds) > 1 else name
             (line,) = panel.plot(steps, scores.mean(0), label=name)
             if len(seeds) > 1:
+                panel.plot(steps, scores.T, color=line.get_color(), linewidth=0.5)
+            if len(seeds) > 2:  # that of two seeds would be 13 standard errors wide
                 t = STUDENT_T.get(len(seeds), 2.26)
                 half = t * scores.std(0, ddof=1) / math.sqrt(len(seeds))
                 low, high = scores.mean(0) - half, scores.mean(0) + half

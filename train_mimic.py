@@ -1,14 +1,15 @@
 """Stage 2 of Actor-Mimic: train one network to play the games of all experts, by imitating them.
 
-Section 3 of the paper. The student plays every game itself. On each picture that it meets, that
-game's expert says how good every action is (Q-values). A softmax turns this into a policy,
-and the student learns to hold the same policy (policy regression) and, if wanted, features from
-which the expert's can be read off (feature regression).
+Section 3 of the paper. In each game the student takes over from the expert, emulator by emulator,
+in the course of the run (paper: it plays from the first step on). On each picture that comes up,
+that game's expert says how good every action is (Q-values). A softmax turns this into a policy, and
+the student learns to hold the same policy (policy regression) and, if wanted, features from which
+the expert's can be read off (feature regression).
 
     python train_mimic.py --steps 10_000 --out runs/try-mimic  # a minute or two
-    python train_mimic.py                                  # all of experts/: half an hour on two
-                                                           # cores with AMX, 2 hours or so without
-    python train_mimic.py --steps 25_000_000 --out runs/paper  # the paper's length: 35 hours
+    python train_mimic.py                                  # all of experts/: under an hour on two
+                                                           # cores with AMX, 3 hours or so without
+    python train_mimic.py --actor student --steps 25_000_000 --out runs/paper  # 35 to 48 hours
 
 Output: runs/mimic/ with checkpoint.pt (the same command goes on from it), log.csv, and mimic.pt,
 the student's weights alone in half precision. Those in mimics/ are such files.
@@ -33,7 +34,7 @@ from torch import nn
 @dataclass(frozen=True)
 class Args:
     experts: tuple = ()  # checkpoints of stage 1, each for another game (none: all of experts/)
-    steps: int = 350_000  # agent decisions in each game, 4 frames each (paper: 25_000_000)
+    steps: int = 450_000  # agent decisions in each game, 4 frames each (paper: 25_000_000)
     seed: int = 1  # of the weights, exploration, replay and emulators
     out: str = "runs/mimic"  # folder of the run
     channels: tuple = (32, 64, 64)  # convolutions: kernels 8, 4, 3, 3 with strides 4, 2, 1, 1
@@ -41,7 +42,7 @@ class Args:
     objective: str = "policy"  # policy, or q: squared error on Q-values (no temperature)
     temperature: float = 0.3  # of the experts' softmax, in units of q_spread (paper: 1, plain)
     feature_weight: float = 0.1  # of feature regression; 0: none (paper: 0, and 0.01)
-    actor: str = "student"  # who plays: student, expert (no scores in the log), both: expert first
+    actor: str = "both"  # who plays: student (paper), expert, or both: first the expert alone
     epsilon: float = 0.1  # share of random actions of whoever plays
     lanes: int = 16  # emulators of each game
     rollout: int = 16  # steps of each lane between two rounds of learning
@@ -306,7 +307,8 @@ def main(args):
 
     while step < args.steps:
         # Play T steps on all lanes of all games. The share is that of the lanes which the student
-        # plays: with --actor both it grows from 0 to 1, as in DAgger (Ross et al., 2011).
+        # plays. Paper: 1; here it grows from 0 to 1, as in DAgger (Ross et al., 2011), because in
+        # Breakout the student learns faster from the expert's long games than from its own.
         share = {"student": 1, "both": step / args.steps, "expert": 0}[args.actor]
         for t in range(T):
             # Whoever begins a game plays it to its end, so that every score is of one player.
@@ -422,6 +424,7 @@ def main(args):
             )
             log.write(step, row)
             percents = "  ".join(f"{game} {row[f'{game}_percent']:.0f} %" for game in games)
+            percents = percents.replace("nan %", "-")  # no game of the student has ended yet
             loss = (means[:, 0] + args.feature_weight * means[:, 1]).mean()  # over the round
             log.line(step, args.steps, f"loss {loss:.3f}  {percents}")
             if stop and step < args.steps:

@@ -224,7 +224,9 @@ def main(stage, count=None):
     if stage == "expert":
         speed = run_stage(stage, train_expert)
     elif stage == "mimic":
-        speed = run_stage(stage, train_mimic, experts=tuple(map(str, experts))) * len(experts)
+        # The student plays: that costs more than if its experts do.
+        paths = tuple(map(str, experts))
+        speed = run_stage(stage, train_mimic, experts=paths, actor="student") * len(experts)
     else:
         with tempfile.TemporaryDirectory() as folder:
             net = AtariNet()
