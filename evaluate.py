@@ -553,7 +553,7 @@ def group_curves(paths):
 
 
 def draw_curves(groups, path):
-    """Draw score against steps, a panel per game; seeds are thin lines, with a thick one, their mean.
+    """Draw score against steps, a panel per game; seeds are thin lines, their mean is a thick one.
 
     Three seeds or more have its 95 % interval, too. Curves end where the shortest seed's log does.
     """

@@ -1,10 +1,10 @@
 """Stage 2 of Actor-Mimic: train one network to play the games of all experts, by imitating them.
 
 Section 3 of the paper. In each game the student takes over from the expert, emulator by emulator,
-in the course of the run (paper: it plays from the first step on). On each picture that comes up,
-that game's expert says how good every action is (Q-values). A softmax turns this into a policy, and
-the student learns to hold the same policy (policy regression) and, if wanted, features from which
-the expert's can be read off (feature regression).
+in the course of the run (paper: it plays from the start, as with --actor student). On each picture
+that comes up, that game's expert says how good every action is (Q-values). A softmax turns this
+into a policy, and the student learns to hold the same policy (policy regression) and, if wanted,
+features from which the expert's can be read off (feature regression).
 
     python train_mimic.py --steps 10_000 --out runs/try-mimic  # a minute or two
     python train_mimic.py                                  # all of experts/: under an hour on two
@@ -42,7 +42,7 @@ class Args:
     objective: str = "policy"  # policy, or q: squared error on Q-values (no temperature)
     temperature: float = 0.3  # of the experts' softmax, in units of q_spread (paper: 1, plain)
     feature_weight: float = 0.1  # of feature regression; 0: none (paper: 0, and 0.01)
-    actor: str = "both"  # who plays: student (paper), expert, or both: first the expert alone
+    actor: str = "both"  # who plays: student (paper), expert (no scores then), both: expert first
     epsilon: float = 0.1  # share of random actions of whoever plays
     lanes: int = 16  # emulators of each game
     rollout: int = 16  # steps of each lane between two rounds of learning
@@ -424,7 +424,7 @@ def main(args):
             )
             log.write(step, row)
             percents = "  ".join(f"{game} {row[f'{game}_percent']:.0f} %" for game in games)
-            percents = percents.replace("nan %", "-")  # no game of the student has ended yet
+            percents = percents.replace("nan %", "-")  # no score yet, or the expert's is 0
             loss = (means[:, 0] + args.feature_weight * means[:, 1]).mean()  # over the round
             log.line(step, args.steps, f"loss {loss:.3f}  {percents}")
             if stop and step < args.steps:
