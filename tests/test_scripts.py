@@ -17,6 +17,7 @@ import resource
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -997,6 +998,27 @@ def test_the_table_of_ablations_says_what_its_file_holds():
             assert agrees(agreed, mean(seeds, "% agreement")), (name, game)
             assert agrees(valued, mean(seeds, "% value lost")), (name, game)
     assert len(table) >= 10
+
+
+def test_the_table_of_numbers_of_games_says_what_its_file_holds():
+    text = (ROOT / "README.md").read_text()
+    percents = {}  # {number of games: {game: per cent of the expert, of each seed}}
+    for row in rows(ROOT / "results/mimic_games.csv"):
+        if match := re.match(r"runs/games/(\d)-games?-s\d$", row["network"]):
+            by_game = percents.setdefault(int(match[1]), {})
+            by_game.setdefault(row["game"], []).append(float(row["% expert"]))
+    for count, by_game in percents.items():
+        assert len(by_game) == count
+        means = {game: sum(seeds) / len(seeds) for game, seeds in by_game.items()}
+        (line,) = re.findall(rf"^\| {count} \| (.*) \|$", text, re.M)
+        minutes, per_game, *cells, median = [cell.strip() for cell in line.split("|")]
+        assert abs(float(minutes) / count - float(per_game)) <= 0.05
+        assert agrees(median.split()[0], statistics.median(means.values())), count
+        columns = "breakout", "seaquest", "pong", "space_invaders"
+        for game, cell in zip(columns, cells, strict=True):
+            assert (game in means) == bool(cell), (count, game)
+            assert not cell or agrees(cell.split()[0], means[game]), (count, game)
+    assert list(percents) == [1, 2, 4, 8]
 
 
 def test_numbers_may_be_written_in_three_ways():
