@@ -555,7 +555,7 @@ def group_curves(paths):
 def draw_curves(groups, path):
     """Draw score against steps, a panel per game; seeds are thin lines, their mean is a thick one.
 
-    Three seeds or more have its 95 % interval, too. Curves end where the shortest seed's log does.
+    Three seeds or more have its 95 % interval, too. The mean is drawn where all seeds have a score.
     """
     lines = math.ceil(len(groups) / 4)
     columns = math.ceil(len(groups) / lines)
@@ -572,7 +572,8 @@ def draw_curves(groups, path):
             name = f"{name} ({len(seeds)} seeds)" if len(seeds) > 1 else name
             (line,) = panel.plot(steps, scores.mean(0), label=name)
             if len(seeds) > 1:
-                panel.plot(steps, scores.T, color=line.get_color(), linewidth=0.5)
+                for x, y, _ in seeds:
+                    panel.plot(x, y, color=line.get_color(), linewidth=0.5)
             if len(seeds) > 2:  # that of two seeds would be 13 standard errors wide
                 t = STUDENT_T.get(len(seeds), 2.26)
                 half = t * scores.std(0, ddof=1) / math.sqrt(len(seeds))
