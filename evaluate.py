@@ -552,6 +552,36 @@ def group_curves(paths):
     return groups
 
 
+def half_width(values):
+    """Half of the 95 % interval (Student's t) of the mean over the seeds: (seeds, ...) -> (...)."""
+    return STUDENT_T.get(len(values), 2.26) * values.std(0, ddof=1) / math.sqrt(len(values))
+
+
+def mean_over_run(steps, scores):
+    """Mean of a learning curve, from its first score on: the sooner it rises, the more it is."""
+    known = ~np.isnan(scores)
+    steps, scores = steps[known], scores[known]
+    return np.trapezoid(scores, steps) / (steps[-1] - steps[0]) if len(steps) > 1 else math.nan
+
+
+def print_curves(groups):
+    """Print the mean of each curve over its run, and its end; of three seeds or more with interval.
+
+    The paper measures transfer so: by the sum of the test scores over the run.
+    """
+    for game, curves in groups.items():
+        for label, seeds in curves.items():
+            ends = [(mean_over_run(x, y), y[-1]) for x, y, _ in seeds]
+            if game == MEDIAN or np.isnan(ends).any():
+                continue  # over minutes, not steps; or no score yet
+            texts = [f"{mean:.1f}" for mean in np.mean(ends, 0)]
+            if len(seeds) > 2:
+                means, halves = np.mean(ends, 0), half_width(np.array(ends))
+                texts = map(show_interval, zip(means, means - halves, means + halves))
+            name = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
+            print("{}, {}: {} over the run, {} at its end".format(game, name, *texts))
+
+
 def draw_curves(groups, path):
     """Draw score against steps, a panel per game; seeds are thin lines, their mean is a thick one.
 
@@ -575,8 +605,7 @@ def draw_curves(groups, path):
                 for x, y, _ in seeds:
                     panel.plot(x, y, color=line.get_color(), linewidth=0.5)
             if len(seeds) > 2:  # that of two seeds would be 13 standard errors wide
-                t = STUDENT_T.get(len(seeds), 2.26)
-                half = t * scores.std(0, ddof=1) / math.sqrt(len(seeds))
+                half = half_width(scores)
                 low, high = scores.mean(0) - half, scores.mean(0) + half
                 panel.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
         goals = {goal for seeds in curves.values() for _, _, goal in seeds if not math.isnan(goal)}
@@ -691,6 +720,7 @@ def main(args):
         drawn = draw_bars(rows, groups, expert_of, out / f"{args.name}.png")
         print(f"wrote {table}" + (" and .png" if drawn else "; no bars: no score to compare with"))
     if curves:
+        print_curves(curves)
         draw_curves(curves, out / f"{args.name}-curves.png")
         print(f"wrote {out / args.name}-curves.png")
     if args.gif:

@@ -30,7 +30,7 @@ import pytest
 import torch
 
 from common import UserError, load_checkpoint, load_state, parse_args, save_checkpoint
-from evaluate import MEDIAN, PAPER, group_curves
+from evaluate import MEDIAN, PAPER, group_curves, print_curves
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_expert", "train_mimic", "transfer", "evaluate")
@@ -373,6 +373,21 @@ def test_evaluate_measures_draws_and_films(copy):
     for name in ("table.png", "table-curves.png"):
         assert (copy / "results" / name).read_bytes().startswith(b"\x89PNG")
     assert (copy / "results/table.gif").read_bytes().startswith(b"GIF8")
+
+
+def test_curves_are_summed_up_with_an_interval_over_seeds(tmp_path, capsys):
+    # From the first score on: 1 rises to 3 in 10 steps and stays 30 more, so its mean is 2.75.
+    for seed, more in ((1, 0), (2, 1), (3, 5)):
+        text = f"step,minutes,pong_score\n5,1,nan\n10,2,{1 + more}\n20,3,{3 + more}\n50,4,{3 + more}\n"
+        (tmp_path / f"a-s{seed}.csv").write_text(text)
+    (tmp_path / "b-s1.csv").write_text("step,minutes,pong_score\n5,1,nan\n")
+    print_curves(group_curves(sorted(tmp_path.glob("*.csv"))))
+    half = 4.30 * statistics.stdev([0, 1, 5]) / 3**0.5
+    over, end = 4.75, 5.0
+    assert capsys.readouterr().out == (
+        f"pong, a (3 seeds): {over:.1f} (95 % interval {over - half:.1f} to {over + half:.1f}) "
+        f"over the run, {end:.1f} (95 % interval {end - half:.1f} to {end + half:.1f}) at its end\n"
+    )
 
 
 def test_a_film_alone_begins_after_some_steps(copy):
@@ -975,7 +990,7 @@ def test_the_tables_of_the_readme_say_what_the_files_in_results_hold():
 
 
 def test_the_table_of_ablations_says_what_its_file_holds():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "results/README.md").read_text()
     table = {}  # {name of the row: {game: rows of its seeds}}
     for row in rows(ROOT / "results/mimic_ablations.csv"):
         if row["network"].startswith("runs/ablation/"):
@@ -1001,7 +1016,7 @@ def test_the_table_of_ablations_says_what_its_file_holds():
 
 
 def test_the_table_of_numbers_of_games_says_what_its_file_holds():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "results/README.md").read_text()
     percents = {}  # {number of games: {game: per cent of the expert, of each seed}}
     for row in rows(ROOT / "results/mimic_games.csv"):
         if match := re.match(r"runs/games/(\d)-games?-s\d$", row["network"]):
