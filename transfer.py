@@ -4,9 +4,9 @@ Section 3.4 of the paper. This is train_expert.py with the mimic's widths, and w
 begin with, or in the control with random ones. Both arms have the same flags and seeds, so where
 learning starts is the only difference.
 
-    python transfer.py --mimic mimics/mimic-s1.pt --steps 50_000 --out runs/try-transfer  # a minute
-    python transfer.py --game star_gunner                 # two cores: 20 minutes
-    python transfer.py --game star_gunner --arm control   # what it is measured against
+    python transfer.py --steps 50_000 --out runs/try-transfer  # a minute or two
+    python transfer.py                # two cores: 20 to 40 minutes
+    python transfer.py --arm control  # what it is measured against
 
 Output: runs/transfer-<game>-<arm>-s<seed>/ with checkpoint.pt (the same command goes on from it),
 log.csv, and expert.pt, the weights alone in half precision.
@@ -35,10 +35,10 @@ FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # the emulator refuses 
 
 @dataclass(frozen=True)
 class Args:
-    game: str = "star_gunner"  # ROM name, as ale-py spells it
-    mimic: str = "runs/mimic"  # checkpoint of train_mimic.py; gives both arms their widths
+    game: str = "breakout"  # ROM name, as ale-py spells it
+    mimic: str = "mimics/without-breakout.pt"  # of train_mimic.py; gives both arms their widths
     arm: str = "mimic"  # mimic, or control: the same network with random first weights
-    reset_head: bool = False  # start with a fresh output layer: the mimic's logits are no Q-values
+    keep_head: bool = False  # keep the output layer, too (paper: yes); logits are no Q-values
     steps: int = 1_200_000  # agent decisions over all lanes, 4 frames each (paper: 10_000_000)
     seed: int = 1  # of the weights, exploration, shuffling and emulators
     out: str = ""  # folder of the run (empty: runs/transfer-<game>-<arm>-s<seed>)
@@ -61,8 +61,8 @@ class Args:
     def __post_init__(self):
         common.require_one_of("--game", self.game, set(roms.get_all_rom_ids()) - FOR_TWO)
         common.require_one_of("--arm", self.arm, ("mimic", "control"))
-        mixed = self.reset_head and self.arm == "control"
-        common.require(not mixed, "--reset-head needs --arm mimic")
+        mixed = self.keep_head and self.arm == "control"
+        common.require(not mixed, "--keep-head needs --arm mimic")
         common.require_positive(self, "steps", "rollout", "epochs")
         common.require_positive(self, "minibatch", "lr", "target_rate", "max_grad_norm")
         common.require_positive(self, "report_every")
@@ -176,6 +176,22 @@ def td_loss(q_values, actions, targets):
     return F.mse_loss(q_values.gather(1, actions[:, None]).squeeze(1), targets)
 
 
+@torch.no_grad()
+def rescale(net, fresh):
+    """Give net's layers the size of fresh's; LayerNorm hides it, so net computes what it did.
+
+    A mimic's weights grow 4 to 15 times. The optimizer's steps do not, and would be as many times
+    too small. The features get another size, for which the output layer makes up.
+    """
+    *_, last_norm, _ = net.body
+    for layer, new in zip(net.body, fresh.body):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) or layer is last_norm:
+            factor = new.weight.norm() / layer.weight.norm()
+            layer.weight *= factor
+            layer.bias *= factor
+    net.head.weight /= factor
+
+
 def main(args):
     folder = f"runs/transfer-{args.game}-{args.arm}-s{args.seed}"
     device, out = common.pick_device(args.device), Path(args.out or folder)
@@ -191,10 +207,11 @@ def main(args):
     legal = legal_actions(args.game)
     net = AtariNet(**net_args).to(device, memory_format=torch.channels_last)
     if args.arm == "mimic":
+        fresh = copy.deepcopy(net)
         common.load_weights(net, mimic, args.mimic)
-        if args.reset_head:
-            nn.init.orthogonal_(net.head.weight, 0.01)
-            nn.init.zeros_(net.head.bias)
+        rescale(net, fresh)
+        if not args.keep_head:
+            net.head.load_state_dict(fresh.head.state_dict())
     # Paper: a copy made every 10,000 steps, which gives targets only. Here the moving average of
     # net's weights, which also plays, and is what is saved.
     target = copy.deepcopy(net)

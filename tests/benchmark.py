@@ -215,7 +215,8 @@ def main(stage, count=None):
     else:
         args = train_expert.Args()
         widths = args if stage == "expert" else train_mimic.Args()
-        emulator = bare_emulator(["pong" if stage == "expert" else "star_gunner"], args.lanes)
+        script = train_expert if stage == "expert" else transfer
+        emulator = bare_emulator([script.Args().game], args.lanes)
         acting = bare_network(widths, args.lanes, False, autocast)
         learning = bare_network(widths, args.minibatch, True, autocast)
         limit = 1 / (1 / emulator + 1 / acting + args.epochs / learning)

@@ -41,7 +41,7 @@ MIMIC = (
     f"train_mimic.py {TINY} {SHORT} --minibatch 8 --channels 4 8 --hidden 24 --replay 400 "
     "--experts runs/expert-pong/expert.pt runs/expert-boxing/expert.pt"
 )
-TRANSFER = f"transfer.py --game breakout {TINY} {SHORT} --minibatch 16"
+TRANSFER = f"transfer.py --game breakout --mimic runs/mimic {TINY} {SHORT} --minibatch 16"
 
 
 def call(folder, command, **more):
@@ -294,24 +294,31 @@ def test_feature_weight_zero_leaves_the_regressors_alone(copy):
 
 def test_transfer_starts_from_the_mimic_and_the_control_does_not(copy):
     frozen = TRANSFER.replace("--steps 320", "--steps 32") + " --lr 1e-12"
-    for start in ("mimic", "control", "mimic --reset-head --out runs/reset"):
+    for start in ("mimic", "control", "mimic --keep-head --out runs/kept"):
         run(copy, f"{frozen} --arm {start}")
-    mimic = load_checkpoint(copy / "runs/mimic", ("mimic",))["net"]
-    arms = {
-        arm: load_checkpoint(copy / f"runs/{arm}", ("transfer",))
-        for arm in ("transfer-breakout-mimic-s1", "transfer-breakout-control-s1", "reset")
-    }
-    close = {
-        arm: {
-            name: torch.allclose(weight, mimic[name], atol=1e-4)
-            for name, weight in checkpoint["net"].items()
-        }
-        for arm, checkpoint in arms.items()
-    }
-    assert all(close["transfer-breakout-mimic-s1"].values())
-    assert not close["transfer-breakout-control-s1"]["body.0.weight"]
-    assert close["reset"]["body.0.weight"] and not close["reset"]["head.weight"]
-    assert len({str(checkpoint["net_args"]) for checkpoint in arms.values()}) == 1
+    obs = torch.randint(256, (16, 4, 84, 84), dtype=torch.uint8)
+
+    def outputs(name, stage):
+        checkpoint = load_checkpoint(copy / f"runs/{name}", (stage,))
+        net = importlib.import_module("transfer").AtariNet(**checkpoint["net_args"])
+        net.load_state_dict(checkpoint["net"])
+        sizes = [layer.weight.norm().item() for layer in net.body if hasattr(layer, "weight")]
+        with torch.no_grad():
+            return *net(obs), sizes
+
+    scores, features, _ = outputs("mimic", "mimic")
+    kept_scores, kept_features, kept_sizes = outputs("kept", "transfer")
+    new_scores, new_features, new_sizes = outputs("transfer-breakout-mimic-s1", "transfer")
+    control_scores, control_features, sizes = outputs("transfer-breakout-control-s1", "transfer")
+    # Layers have the control's size, and yet the features are the mimic's but for one factor.
+    assert kept_sizes == pytest.approx(sizes, rel=0.3) and kept_sizes == new_sizes
+    assert torch.allclose(kept_scores, scores, atol=1e-3)
+    assert torch.equal(kept_features, new_features)
+    factor = kept_features.norm() / features.norm()
+    assert torch.allclose(kept_features, factor * features, atol=1e-3)
+    # The output layer is the control's, unless it is kept.
+    assert not torch.allclose(new_scores, scores, atol=1e-3)
+    assert not torch.allclose(control_features, new_features, atol=1e-2)
 
 
 def test_transfer_to_a_source_game_is_a_warning(copy):
@@ -691,7 +698,7 @@ def test_mimic_refuses(studio, flags, words):
         ("--mimic runs/expert-pong", ["stage expert", "mimic"]),
         ("--mimic nowhere", ["nowhere"]),
         ("--arm both", ["--arm"]),
-        ("--arm control --reset-head", ["--reset-head"]),
+        ("--arm control --keep-head", ["--keep-head"]),
     ],
 )
 def test_transfer_refuses(studio, flags, words):
@@ -921,7 +928,7 @@ def test_transfer_differs_from_train_expert_by_a_screen():
     diff = subprocess.run(
         ["diff", "train_expert.py", "transfer.py"], cwd=ROOT, capture_output=True, text=True
     ).stdout
-    assert sum(line[0] in "<>" for line in diff.splitlines()) <= 60
+    assert sum(line[0] in "<>" for line in diff.splitlines()) <= 75
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
