@@ -558,28 +558,29 @@ def half_width(values):
 
 
 def mean_over_run(steps, scores):
-    """Mean of a learning curve, from its first score on: the sooner it rises, the more it is."""
+    """Mean of a curve over its steps, from its first score on: (T,), (T,) -> float, or nan."""
     known = ~np.isnan(scores)
     steps, scores = steps[known], scores[known]
     return np.trapezoid(scores, steps) / (steps[-1] - steps[0]) if len(steps) > 1 else math.nan
 
 
 def print_curves(groups):
-    """Print the mean of each curve over its run, and its end; of three seeds or more with interval.
+    """Print each curve's mean over the run, more where learning is early, and its last score.
 
-    The paper measures transfer so: by the sum of the test scores over the run.
+    groups: as of group_curves. Three seeds or more have 95 % intervals.
     """
     for game, curves in groups.items():
-        for label, seeds in curves.items():
-            ends = [(mean_over_run(x, y), y[-1]) for x, y, _ in seeds]
-            if game == MEDIAN or np.isnan(ends).any():
-                continue  # over minutes, not steps; or no score yet
-            texts = [f"{mean:.1f}" for mean in np.mean(ends, 0)]
+        for label, seeds in curves.items() if game != MEDIAN else ():  # that one is over minutes
+            ends = np.array([(mean_over_run(x, y), y[-1]) for x, y, _ in seeds])
+            if np.isnan(ends).any():
+                continue  # a seed that has no two scores yet
+            means = ends.mean(0)
+            over, end = (f"{mean:.1f}" for mean in means)
             if len(seeds) > 2:
-                means, halves = np.mean(ends, 0), half_width(np.array(ends))
-                texts = map(show_interval, zip(means, means - halves, means + halves))
+                half = half_width(ends)
+                over, end = map(show_interval, zip(means, means - half, means + half))
             name = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
-            print("{}, {}: {} over the run, {} at its end".format(game, name, *texts))
+            print(f"{game}, {name}: {over} over the run, {end} at its end")
 
 
 def draw_curves(groups, path):

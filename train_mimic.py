@@ -8,7 +8,7 @@ features from which the expert's can be read off (feature regression).
 
     python train_mimic.py --steps 10_000 --out runs/try-mimic  # a minute or two
     python train_mimic.py                                  # all of experts/: about an hour on two
-                                                           # cores with bfloat16, 2 to 3.5 without
+                                                           # cores with bfloat16, 2 to 3.3 without
     python train_mimic.py --actor student --steps 25_000_000 --out runs/paper  # 35 to 58 hours
 
 Output: runs/mimic/ with checkpoint.pt (the same command goes on from it), log.csv, and mimic.pt,

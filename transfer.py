@@ -1,11 +1,11 @@
 """Stage 3 of Actor-Mimic: start a new game from the mimic's weights.
 
 Section 3.4 of the paper. This is train_expert.py with the mimic's widths, and with its weights to
-begin with, or in the control with random ones. Both arms have the same flags and seeds, so where
-learning starts is the only difference.
+begin with (rescaled, and under a new output layer), or in the control with random ones. Both arms
+have the same flags and seeds, so where learning starts is the only difference.
 
     python transfer.py --steps 50_000 --out runs/try-transfer  # a minute or two
-    python transfer.py                # two cores: 20 to 40 minutes
+    python transfer.py                # two cores: 15 to 45 minutes
     python transfer.py --arm control  # what it is measured against
 
 Output: runs/transfer-<game>-<arm>-s<seed>/ with checkpoint.pt (the same command goes on from it),
@@ -178,10 +178,11 @@ def td_loss(q_values, actions, targets):
 
 @torch.no_grad()
 def rescale(net, fresh):
-    """Give net's layers the size of fresh's; LayerNorm hides it, so net computes what it did.
+    """Give the layers of net the size of those of fresh, an AtariNet of the same widths, in place.
 
-    A mimic's weights grow 4 to 15 times. The optimizer's steps do not, and would be as many times
-    too small. The features get another size, for which the output layer makes up.
+    While a mimic learns its weights grow, 1.5 to 15 times. The optimizer's steps do not, and would
+    be as many times too small. A LayerNorm hides the size of the layer before it, and for the size
+    of the features, which the last one gives, the output layer makes up. Paper: weights as they are.
     """
     *_, last_norm, _ = net.body
     for layer, new in zip(net.body, fresh.body):
@@ -189,7 +190,7 @@ def rescale(net, fresh):
             factor = new.weight.norm() / layer.weight.norm()
             layer.weight *= factor
             layer.bias *= factor
-    net.head.weight /= factor
+    net.head.weight /= factor  # that of last_norm, the last of these layers
 
 
 def main(args):
