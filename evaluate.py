@@ -613,7 +613,7 @@ def draw_curves(groups, path):
         if goals:
             label = "its expert, in training"
             panel.axhline(max(goals), color="grey", linestyle="dotted", label=label)
-        elif game in PAPER:
+        elif game in PAPER and PAPER[game][0] < 3 * panel.dataLim.y1:  # else all is flat
             label = "paper's expert, at its end"
             panel.axhline(PAPER[game][0], color="grey", linestyle="dashed", label=label)
         x, y = ("minutes", "% of the expert") if game == MEDIAN else ("steps", "score in training")

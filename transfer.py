@@ -182,7 +182,7 @@ def rescale(net, fresh):
 
     While a mimic learns its weights grow, 1.5 to 15 times. The optimizer's steps do not, and would
     be as many times too small. A LayerNorm hides the size of the layer before it, and for the size
-    of the features, which the last one gives, the output layer makes up. Paper: weights as they are.
+    of the features, which the last one gives, the output layer makes up. Paper: weights unchanged.
     """
     *_, last_norm, _ = net.body
     for layer, new in zip(net.body, fresh.body):

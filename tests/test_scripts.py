@@ -387,7 +387,8 @@ def test_evaluate_measures_draws_and_films(copy):
 def test_curves_are_summed_up_with_an_interval_over_seeds(tmp_path, capsys):
     # From the first score on: 1 rises to 3 in 10 steps and stays 30 more, so its mean is 2.75.
     for seed, more in ((1, 0), (2, 1), (3, 5)):
-        text = f"step,minutes,pong_score\n5,1,nan\n10,2,{1 + more}\n20,3,{3 + more}\n50,4,{3 + more}\n"
+        lines = "5,1,nan", f"10,2,{1 + more}", f"20,3,{3 + more}", f"50,4,{3 + more}"
+        text = "\n".join(["step,minutes,pong_score", *lines])
         (tmp_path / f"a-s{seed}.csv").write_text(text)
     (tmp_path / "b-s1.csv").write_text("step,minutes,pong_score\n5,1,nan\n")  # too short: no line
     (tmp_path / "c-s1.csv").write_text("step,minutes,pong_score\n10,1,4\n20,2,6\n")
@@ -956,7 +957,8 @@ def test_every_command_that_is_written_down_parses(path):
     for command in commands:
         command = re.sub(r"\$\w+", "1", command)  # a shell's loop variable
         script, *flags = shlex.split(command.rstrip(" |.,)"))
-        files = [f for f in flags if f.startswith(("experts/", "mimics/", "results/")) and "*" not in f]
+        shipped = "experts/", "mimics/", "results/"
+        files = [f for f in flags if f.startswith(shipped) and "*" not in f]
         assert all((ROOT / file).exists() for file in files), command
         parse_args(importlib.import_module(script.removesuffix(".py")).Args, flags)
 
