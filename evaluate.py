@@ -11,6 +11,7 @@ A score is the raw return of a whole game, played with epsilon 0.05 after 0 to 2
 
 Output: the table, also as results/table.csv; bars in table.png, learning curves in
 table-curves.png, the film in table.gif. --out and --name choose another folder and another name.
+Of each curve it prints the mean over the run, and the end.
 Networks and logs whose names differ only in -s<seed> are seeds of one thing, and get an interval
 over seeds (curves: of three or more).
 """
@@ -553,7 +554,7 @@ def group_curves(paths):
 
 
 def half_width(values):
-    """Half of the 95 % interval (Student's t) of the mean over the seeds: (seeds, ...) -> (...)."""
+    """Half the 95 % interval (Student's t) of a mean of 3 seeds or more: (seeds, ...) -> (...)."""
     return STUDENT_T.get(len(values), 2.26) * values.std(0, ddof=1) / math.sqrt(len(values))
 
 
@@ -613,7 +614,7 @@ def draw_curves(groups, path):
         if goals:
             label = "its expert, in training"
             panel.axhline(max(goals), color="grey", linestyle="dotted", label=label)
-        elif game in PAPER and PAPER[game][0] < 3 * panel.dataLim.y1:  # else all is flat
+        elif game in PAPER and PAPER[game][0] < 3 * panel.dataLim.y1:  # far above, it flattens all
             label = "paper's expert, at its end"
             panel.axhline(PAPER[game][0], color="grey", linestyle="dashed", label=label)
         x, y = ("minutes", "% of the expert") if game == MEDIAN else ("steps", "score in training")

@@ -2,14 +2,13 @@
 
 The paper's experts are DQNs. This is the same Q-learning in the form that suits today's machines
 (PQN: Gallici et al., 2025, arXiv 2407.04811): many emulators side by side feed one network, and
-Q(lambda) returns of the last few steps stand in for the replay buffer. Unlike PQN it has a target
-network. DQN's is an old copy of the weights; this one is their moving average, and it plays, too.
+Q(lambda) returns of the last few steps stand in for the replay buffer. The target network stays.
 
     python train_expert.py --game pong --steps 50_000 --out runs/try-expert  # a minute
     python train_expert.py --game atlantis                 # two cores: a quarter of an hour
     python train_expert.py --game pong --steps 25_000_000  # as in the paper's Figure 1: four hours
 
-Output: runs/expert-<game>/ with checkpoint.pt (the same command goes on from it), log.csv, and
+Output: the folder --out with checkpoint.pt (the same command goes on from it), log.csv, and
 expert.pt, the weights alone in half precision. The experts in experts/ are such files.
 """
 
@@ -36,7 +35,7 @@ FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # the emulator refuses 
 @dataclass(frozen=True)
 class Args:
     game: str = "pong"  # ROM name, as ale-py spells it
-    steps: int = 1_200_000  # agent decisions over all lanes, 4 frames each (paper: 25_000_000)
+    steps: int = 1_200_000  # decisions over all lanes, 4 frames each (paper: 25M; transfer 10M)
     seed: int = 1  # of the weights, exploration, shuffling and emulators
     out: str = ""  # folder of the run (empty: runs/expert-<game>)
     channels: tuple = (16, 32, 32)  # kernels 8, 4, 3, 3, strides 4, 2, 1, 1 (paper: 32 64 64)
@@ -60,7 +59,8 @@ class Args:
     def __post_init__(self):
         common.require_one_of("--game", self.game, set(roms.get_all_rom_ids()) - FOR_TWO)
         common.require(len(self.channels) <= 4, "--channels takes at most 4 widths")
-        common.require_positive(self, "steps", "channels", "hidden", "rollout", "epochs")
+        common.require_positive(self, "channels", "hidden")
+        common.require_positive(self, "steps", "rollout", "epochs")
         common.require_positive(self, "minibatch", "lr", "target_rate", "max_grad_norm")
         common.require_positive(self, "report_every")
         common.require_shares(self, "gamma", "lam", "epsilon", "explore", "decay", "target_rate")
@@ -174,7 +174,8 @@ def td_loss(q_values, actions, targets):
 
 
 def main(args):
-    device, out = common.pick_device(args.device), Path(args.out or f"runs/expert-{args.game}")
+    out = Path(args.out or f"runs/expert-{args.game}")
+    device = common.pick_device(args.device)
     autocast = common.pick_autocast(args.precision, device)
     net_args = {"channels": list(args.channels), "hidden": list(args.hidden)}
     T, N = args.rollout, args.lanes

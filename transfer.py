@@ -1,15 +1,14 @@
 """Stage 3 of Actor-Mimic: start a new game from the mimic's weights.
 
-Section 3.4 of the paper. This is train_expert.py with the mimic's widths, and with its weights to
-begin with (rescaled, and under a new output layer), or in the control with random ones. Both arms
-have the same flags and seeds, so where learning starts is the only difference.
+Section 3.4 of the paper. It is train_expert.py with the mimic's widths and first weights, rescaled
+and under a new output layer, or in the control with random ones. All else is the same in both arms.
 
     python transfer.py --steps 50_000 --out runs/try-transfer  # a minute or two
     python transfer.py                # two cores: 15 to 45 minutes
     python transfer.py --arm control  # what it is measured against
 
-Output: runs/transfer-<game>-<arm>-s<seed>/ with checkpoint.pt (the same command goes on from it),
-log.csv, and expert.pt, the weights alone in half precision.
+Output: the folder --out with checkpoint.pt (the same command goes on from it), log.csv, and
+expert.pt, the weights alone in half precision. The experts in experts/ are such files.
 """
 
 import copy
@@ -39,7 +38,7 @@ class Args:
     mimic: str = "mimics/without-breakout.pt"  # of train_mimic.py; gives both arms their widths
     arm: str = "mimic"  # mimic, or control: the same network with random first weights
     keep_head: bool = False  # keep the output layer, too (paper: yes); logits are no Q-values
-    steps: int = 1_200_000  # agent decisions over all lanes, 4 frames each (paper: 10_000_000)
+    steps: int = 1_200_000  # decisions over all lanes, 4 frames each (paper: 25M; transfer 10M)
     seed: int = 1  # of the weights, exploration, shuffling and emulators
     out: str = ""  # folder of the run (empty: runs/transfer-<game>-<arm>-s<seed>)
     lanes: int = 32  # emulators side by side
@@ -61,8 +60,7 @@ class Args:
     def __post_init__(self):
         common.require_one_of("--game", self.game, set(roms.get_all_rom_ids()) - FOR_TWO)
         common.require_one_of("--arm", self.arm, ("mimic", "control"))
-        mixed = self.keep_head and self.arm == "control"
-        common.require(not mixed, "--keep-head needs --arm mimic")
+        common.require(self.arm == "mimic" or not self.keep_head, "--keep-head needs --arm mimic")
         common.require_positive(self, "steps", "rollout", "epochs")
         common.require_positive(self, "minibatch", "lr", "target_rate", "max_grad_norm")
         common.require_positive(self, "report_every")
@@ -178,24 +176,22 @@ def td_loss(q_values, actions, targets):
 
 @torch.no_grad()
 def rescale(net, fresh):
-    """Give the layers of net the size of those of fresh, an AtariNet of the same widths, in place.
+    """Give net's layers the size of those of fresh, an AtariNet of the same widths, in place.
 
-    While a mimic learns its weights grow, 1.5 to 15 times. The optimizer's steps do not, and would
-    be as many times too small. A LayerNorm hides the size of the layer before it, and for the size
-    of the features, which the last one gives, the output layer makes up. Paper: weights unchanged.
+    While a mimic learns its weights grow, 1.5 to 15 times; the optimizer's steps would be as many
+    times too small. LayerNorm hides this size, and the head makes up for that of the features.
     """
-    *_, last_norm, _ = net.body
     for layer, new in zip(net.body, fresh.body):
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) or layer is last_norm:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) or layer is net.body[-2]:  # the last LayerNorm
             factor = new.weight.norm() / layer.weight.norm()
             layer.weight *= factor
             layer.bias *= factor
-    net.head.weight /= factor  # that of last_norm, the last of these layers
+    net.head.weight /= factor  # of the last LayerNorm: the features have grown by it
 
 
 def main(args):
-    folder = f"runs/transfer-{args.game}-{args.arm}-s{args.seed}"
-    device, out = common.pick_device(args.device), Path(args.out or folder)
+    out = Path(args.out or f"runs/transfer-{args.game}-{args.arm}-s{args.seed}")
+    device = common.pick_device(args.device)
     autocast = common.pick_autocast(args.precision, device)
     mimic = common.load_checkpoint(args.mimic, ("mimic",))
     net_args = mimic["net_args"]
@@ -211,8 +207,7 @@ def main(args):
         fresh = copy.deepcopy(net)
         common.load_weights(net, mimic, args.mimic)
         rescale(net, fresh)
-        if not args.keep_head:
-            net.head.load_state_dict(fresh.head.state_dict())
+        net.head = net.head if args.keep_head else fresh.head
     # Paper: a copy made every 10,000 steps, which gives targets only. Here the moving average of
     # net's weights, which also plays, and is what is saved.
     target = copy.deepcopy(net)
