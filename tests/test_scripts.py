@@ -495,7 +495,7 @@ def test_a_mimics_weights_alone_serve_every_stage(copy):
     run(copy, command + " --out runs/other")
     scores, _, _ = outputs(copy / "runs/mimic")
     moved, _, _ = outputs(copy / "runs/other/expert.pt")
-    assert torch.allclose(moved, scores, atol=0.02)  # rounded to half precision twice
+    assert torch.allclose(moved, scores, atol=2e-3)  # rounded to half precision twice
     said = run(copy, "evaluate.py --runs runs/mimic/mimic.pt --games 1 --device cpu")
     assert "runs/expert-pong/expert.pt" in said  # it still knows its experts
 
