@@ -89,7 +89,7 @@ class Args:
     curves: tuple = ()  # logs, or folders of runs; names that differ only in -s<seed> are one curve
     games: int = 30  # games per network and game, one on each lane; 0: no table
     epsilon: float = 0.05  # share of random actions, as in the paper's tests
-    sticky: tuple = (0.0,)  # chance, each frame, that the last action goes on; more: a column each
+    sticky: tuple = (0.0,)  # chance per frame that the last action repeats; several: a column each
     seed: int = 1  # of exploration and emulators
     random: bool = False  # also measure a random policy on every game
     gif: bool = False  # also film the first network, all its games side by side

@@ -232,8 +232,8 @@ def main(args):
     stop, start, next_report = common.Stop(), step, step
 
     while step < args.steps:
-        # Lanes that begin together are in step through games of one length, and a rollout would
-        # hold one part of the game alone: each round one lane begins anew, until all have.
+        # Where games are equally long, lanes begun together stay in step, and a rollout would
+        # hold one part of the game only. So each round one lane restarts, until all have.
         lane = (step - log.first_step) // (T * N)
         if lane < N:
             obs, info = envs.reset(options={"reset_mask": np.arange(N) == lane})

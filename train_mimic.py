@@ -9,7 +9,7 @@ features from which the expert's can be read off (feature regression).
     python train_mimic.py --steps 10_000 --out runs/try-mimic  # a minute or two
     python train_mimic.py                                  # all of experts/: about an hour on two
                                                            # cores with bfloat16, 2 to 3.3 without
-    python train_mimic.py --actor student --steps 25_000_000 --out runs/paper  # 35 to 58 hours
+    python train_mimic.py --actor student --steps 25_000_000 --out runs/paper  # 35 hours or more
 
 Output: runs/mimic/ with checkpoint.pt (the same command goes on from it), log.csv, and mimic.pt,
 the student's weights alone in half precision. Those in mimics/ are such files.
@@ -49,7 +49,7 @@ class Args:
     updates: int = 32  # gradient steps per round: each observation is learned from twice (as paper)
     minibatch: int = 16  # observations of each game per gradient step (paper: 8)
     replay: int = 20_000  # observations kept of each game, 0.15 GB (paper: 100_000)
-    lr: float = 2e-3  # of Adam; 1e-3 and 4e-3 ended at a higher loss (short runs, half by experts)
+    lr: float = 2e-3  # of Adam; 1e-3 and 4e-3: higher loss (short runs, experts in half the lanes)
     decay: float = 0.5  # share of the run over which lr falls to zero, at its end
     report_every: int = 20_000  # steps between two lines of the log, each with a checkpoint
     device: str = "auto"  # auto, cpu, cuda or mps

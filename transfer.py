@@ -1,7 +1,7 @@
 """Stage 3 of Actor-Mimic: start a new game from the mimic's weights.
 
-Section 3.4 of the paper. It is train_expert.py with the mimic's widths and first weights, rescaled
-and under a new output layer, or in the control with random ones. All else is the same in both arms.
+Section 3.4 of the paper. It is train_expert.py with the mimic's widths. It starts from the mimic's
+weights, rescaled, with a new output layer; the control starts from random ones. All else is equal.
 
     python transfer.py --steps 50_000 --out runs/try-transfer  # a minute or two
     python transfer.py                # two cores: 15 to 45 minutes
@@ -256,8 +256,8 @@ def main(args):
     stop, start, next_report = common.Stop(), step, step
 
     while step < args.steps:
-        # Lanes that begin together are in step through games of one length, and a rollout would
-        # hold one part of the game alone: each round one lane begins anew, until all have.
+        # Where games are equally long, lanes begun together stay in step, and a rollout would
+        # hold one part of the game only. So each round one lane restarts, until all have.
         lane = (step - log.first_step) // (T * N)
         if lane < N:
             obs, info = envs.reset(options={"reset_mask": np.arange(N) == lane})
