@@ -1011,22 +1011,24 @@ def test_the_tables_of_the_readme_say_what_the_files_in_results_hold():
 
 
 def test_what_the_readmes_say_of_transfer_is_in_its_files(capsys):
-    print_curves(group_curves(sorted((ROOT / "results").glob("transfer-breakout-*.csv"))))
+    print_curves(group_curves(sorted((ROOT / "results").glob("transfer-*.csv"))))
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 2 and printed in (ROOT / "README.md").read_text()
+    assert printed.count("\n") == 4 and printed in (ROOT / "README.md").read_text()
     text = (ROOT / "results/README.md").read_text().split("## Transfer")[1].split("\n\n")[2]
-    written = [line.split(" | ")[2:] for line in text.replace(" |\n", "\n").split("\n")[2:]]
+    written = [line.split("|")[3:-1] for line in text.split("\n")[2:]]
     starts = {}  # {how the weights begin: {game: row}}
     for row in rows(ROOT / "results/transfer_recipe.csv"):
         starts.setdefault(row["start"], {})[row["game"]] = row
     for by_game, cells in zip(starts.values(), written, strict=True):
-        cells = iter(cell.strip(" |") for cell in cells)
-        for game in ("assault", "demon_attack"):
-            over, end = next(cells), next(cells, "")
-            assert bool(over) == (game in by_game)
-            if over:
-                assert agrees(over, by_game[game]["mean_over_run"]), (game, over)
-                assert agrees(end, by_game[game]["score"]), (game, end)
+        games = "assault", "demon_attack", "breakout"
+        for game, over, end in zip(games, cells[::2], cells[1::2], strict=True):
+            assert bool(over.strip()) == bool(end.strip()) == (game in by_game)
+            if game in by_game:
+                end, *stopped = end.split(" after ")
+                assert agrees(over.strip(), by_game[game]["mean_over_run"]), (game, over)
+                assert agrees(end.strip(), by_game[game]["score"]), (game, end)
+                if stopped:
+                    assert agrees(stopped[0].split(" steps")[0], by_game[game]["steps"])
 
 
 def test_the_table_of_ablations_says_what_its_file_holds():
