@@ -179,7 +179,7 @@ def rescale(net, fresh):
     """Give net's layers the size of those of fresh, an AtariNet of the same widths, in place.
 
     While a mimic learns its weights grow, 1.5 to 15 times; the optimizer's steps would be as many
-    times too small. LayerNorm hides this size, and the head makes up for that of the features.
+    times too small. LayerNorm cancels this size, and the head makes up for that of the features.
     """
     for layer, new in zip(net.body, fresh.body):
         if isinstance(layer, (nn.Conv2d, nn.Linear)) or layer is net.body[-2]:  # the last LayerNorm
