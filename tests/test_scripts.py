@@ -1024,12 +1024,8 @@ def test_what_the_readmes_say_of_transfer_is_in_its_files(capsys):
         for game, over, end in zip(games, cells[::2], cells[1::2], strict=True):
             assert bool(over.strip()) == bool(end.strip()) == (game in by_game)
             if game in by_game:
-                end, *stopped = end.split(" after ")
                 assert agrees(over.strip(), by_game[game]["mean_over_run"]), (game, over)
                 assert agrees(end.strip(), by_game[game]["score"]), (game, end)
-                steps = int(by_game[game]["steps"])
-                assert bool(stopped) == (steps < 90_000 or game == "breakout" and steps < 390_000)
-                assert not stopped or agrees(stopped[0].partition(" ")[0], steps)
 
 
 def test_the_table_of_ablations_says_what_its_file_holds():
