@@ -30,7 +30,7 @@ import pytest
 import torch
 
 from common import UserError, load_checkpoint, load_state, parse_args, save_checkpoint
-from evaluate import MEDIAN, PAPER, group_curves, print_curves
+from evaluate import MEDIAN, PAPER, group_curves, mean_over_run, print_curves, read_log
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_expert", "train_mimic", "transfer", "evaluate")
@@ -1019,6 +1019,11 @@ def test_what_the_readmes_say_of_transfer_is_in_its_files(capsys):
     starts = {}  # {how the weights begin: {game: row}}
     for row in rows(ROOT / "results/transfer_recipe.csv"):
         starts.setdefault(row["start"], {})[row["game"]] = row
+    for start, arm in (("random weights", "control"), ("rescaled, a new output layer", "mimic")):
+        log = read_log(ROOT / f"results/transfer-breakout-{arm}-s1.csv")
+        row, scores = starts[start]["breakout"], log["breakout_score"]
+        assert agrees(row["score"], scores[-1]) and float(row["steps"]) == log["step"][-1]
+        assert agrees(row["mean_over_run"], mean_over_run(log["step"], scores))
     for by_game, cells in zip(starts.values(), written, strict=True):
         games = "assault", "demon_attack", "breakout"
         for game, over, end in zip(games, cells[::2], cells[1::2], strict=True):
