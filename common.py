@@ -367,12 +367,13 @@ def open_run(folder, stage, args):
                 raise UserError(f"{lone}: delete that file, or name another --out")
         return None
     checkpoint = load_checkpoint(folder, (stage,))
+    # A flag that is newer than the run has its default: so new flags don't strand old runs.
+    before = plain(type(args)()) | checkpoint["args"]
     for name, now in plain(args).items():
-        before = checkpoint["args"].get(name)
-        if name not in MAY_CHANGE and before != now:
+        if name not in MAY_CHANGE and before[name] != now:
             flag = name.replace("_", "-")
             raise UserError(
-                f"{folder} holds a run with --{flag} {before}, but this command says {now}; "
+                f"{folder} holds a run with --{flag} {before[name]}, but this command says {now}; "
                 "name another --out for a new run"
             )
     if checkpoint["step"] > args.steps and checkpoint["args"]["steps"] != args.steps:

@@ -241,9 +241,9 @@ def judge(scores, expert_q, legal):
     """Compare a network's choices with its expert's: (B, 18), (B, 18), (18,) bool -> (3,) float64.
 
     Sums over the states: 1 where both choose one action; Q(s, best) - Q(s, chosen), of the expert;
-    and the mean of that over all legal actions. The second, discounted and summed over a game, is
-    how far a return falls behind the expert's (performance difference lemma, Kakade and Langford,
-    2002), as far as the Q-values are right: a return of clipped rewards, up to the next lost life.
+    and the mean of that over all legal actions. Discounted and summed over a game, the second is
+    the gap between the network's return and the expert's, of clipped rewards and up to the next
+    lost life, if the Q-values are right (performance difference lemma, Kakade and Langford, 2002).
     """
     choice = scores.masked_fill(~legal, -torch.inf).argmax(1, keepdim=True)
     top, best = expert_q.masked_fill(~legal, -torch.inf).max(1, keepdim=True)
@@ -289,9 +289,9 @@ def load_networks(args, device):
     """Read the checkpoints of `--runs`, and the experts of each mimic if they are still there.
 
     Returns {label: (net, games)}, net being None for the random policy, and {label: {game: label of
-    the expert that this network is compared with}}: a mimic's own, for others the only one named.
+    the expert that this network is compared with}}: a mimic's own, for others the only one there.
     """
-    networks, named, own = {}, {}, {}
+    networks, experts, own = {}, {}, {}
     paths = list(dict.fromkeys(str(Path(path)) for path in args.runs))  # a/ is a, and read once
     for path in paths:  # grows: a mimic adds its experts
         checkpoint = common.load_checkpoint(path, ("expert", "mimic", "transfer"))
@@ -300,7 +300,7 @@ def load_networks(args, device):
         games = checkpoint["games"]
         networks[path] = net, games
         if checkpoint["stage"] == "expert":
-            named.setdefault(games[0], []).append(path)
+            experts.setdefault(games[0], []).append(path)
         if checkpoint["stage"] == "mimic":
             own[path] = find_teachers(checkpoint)
             paths += [teacher for teacher in own[path].values() if teacher not in paths]
@@ -308,7 +308,7 @@ def load_networks(args, device):
         played = {game for _, games in networks.values() for game in games}
         networks["random"] = None, sorted(played)
     # Of several experts of one game none is the measure: seeds would be in per cent of the first.
-    only = {game: experts[0] for game, experts in named.items() if len(experts) == 1}
+    only = {game: labels[0] for game, labels in experts.items() if len(labels) == 1}
     return networks, {label: own.get(label, only) for label in networks}
 
 
@@ -716,6 +716,9 @@ def main(args):
         for row in rows:
             row |= columns[row["network"], row["game"]]
         print_table(rows)
+        for row in rows:  # for the file alone: what others need to check an interval
+            row |= {"epsilon": args.epsilon, "sticky": args.sticky[0], "seed": args.seed}
+            row["plays"] = " ".join(f"{score:g}" for score in results[row["network"]][row["game"]])
         print_summary(results, expert_of)
         write_csv(rows, table)
         groups = group_seeds(results, expert_of)

@@ -6,7 +6,7 @@ that comes up, that game's expert says how good every action is (Q-values). A so
 into a policy, and the student learns to hold the same policy (policy regression) and, if wanted,
 features from which the expert's can be read off (feature regression).
 
-    python train_mimic.py --steps 10_000 --out runs/try-mimic  # a minute or two
+    python train_mimic.py --steps 10_000 --out runs/try-mimic  # 1 to 5 minutes
     python train_mimic.py                                  # all of experts/: about an hour on two
                                                            # cores with bfloat16, 2 to 3.3 without
     python train_mimic.py --actor student --steps 25_000_000 --out runs/paper  # 35 hours or more
@@ -307,8 +307,8 @@ def main(args):
 
     while step < args.steps:
         # Play T steps on all lanes of all games. The share is that of the lanes which the student
-        # plays. Paper: 1; here it grows from 0 to 1, as in DAgger (Ross et al., 2011), because in
-        # Breakout the student learns faster from the expert's long games than from its own.
+        # plays. Paper: 1; here it grows from 0 to 1, as in DAgger (Ross et al., 2011; but it keeps
+        # all data), because in Breakout the student learns faster from the expert's long games.
         share = {"student": 1, "both": step / args.steps, "expert": 0}[args.actor]
         for t in range(T):
             # Whoever begins a game plays it to its end, so that every score is of one player.

@@ -427,7 +427,12 @@ def test_evaluate_is_repeatable_and_sticky_actions_change_it(copy):
     assert tables["a"] == tables["b"] != tables["c"]
     # Several values in one call: the first one's table, and the means of the others.
     (mean,) = (row["mean"] for row in tables["c"])
-    assert tables["d"] == [{**row, "sticky 0.25": mean} for row in tables["a"]]
+    for row, other in zip(tables["a"], tables["d"], strict=True):
+        assert other == row | {"sticky 0.25": mean}
+    (row,) = tables["c"]
+    plays = [float(score) for score in row["plays"].split()]
+    assert len(plays) == 2 and sum(plays) / 2 == float(mean) and max(plays) == float(row["max"])
+    assert (row["epsilon"], row["sticky"], row["seed"]) == ("0.05", "0.25", "1")
 
 
 # One run, stopped and continued
@@ -469,7 +474,12 @@ def test_same_command_goes_on_and_steps_may_grow(copy, command):
 def test_expert_goes_on_from_its_weights_alone(copy):
     (copy / "runs/more").mkdir()
     shutil.copy(copy / "runs/expert-pong/expert.pt", copy / "runs/more/checkpoint.pt")
-    said = run(copy, EXPERT + " --game pong --out runs/more --steps 352")
+    expert = torch.load(copy / "runs/more/checkpoint.pt")
+    del expert["args"]["lam"]  # as if that flag were newer than the run, which had its default
+    torch.save(expert, copy / "runs/more/checkpoint.pt")
+    command = EXPERT + " --game pong --out runs/more --steps 352"
+    refused(copy, command + " --lam 0.5", "holds a run with --lam 0.85, but this command says 0.5")
+    said = run(copy, command)
     assert "weights alone" in said and "goes on at step 320" in said
     before, after = (
         load_checkpoint(copy / f"runs/{name}/expert.pt", ("expert",))
