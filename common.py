@@ -318,6 +318,8 @@ def load_checkpoint(path, stages):
     needed = NEEDED | NEEDED_OF_MIMIC if checkpoint["stage"] == "mimic" else NEEDED
     if missing := needed - checkpoint.keys():
         raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+    if not isinstance(checkpoint["args"], dict):
+        raise UserError(f"{path} is damaged: its args are no dict")
     return checkpoint
 
 
@@ -376,7 +378,7 @@ def open_run(folder, stage, args):
                 f"{folder} holds a run with --{flag} {before[name]}, but this command says {now}; "
                 "name another --out for a new run"
             )
-    if checkpoint["step"] > args.steps and checkpoint["args"]["steps"] != args.steps:
+    if checkpoint["step"] > args.steps and before["steps"] != args.steps:
         done = checkpoint["step"]
         raise UserError(f"{folder} holds {done:,} steps, more than --steps {args.steps:,}")
     return checkpoint

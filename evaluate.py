@@ -241,9 +241,9 @@ def judge(scores, expert_q, legal):
     """Compare a network's choices with its expert's: (B, 18), (B, 18), (18,) bool -> (3,) float64.
 
     Sums over the states: 1 where both choose one action; Q(s, best) - Q(s, chosen), of the expert;
-    and the mean of that over all legal actions. Discounted and summed over a game, the second is
-    the gap between the network's return and the expert's, of clipped rewards and up to the next
-    lost life, if the Q-values are right (performance difference lemma, Kakade and Langford, 2002).
+    and the mean of that over all legal actions. Discounted and summed over a life, the second is
+    on average the gap between the network's return of clipped rewards and the expert's, if the
+    Q-values are right (performance difference lemma, Kakade and Langford, 2002).
     """
     choice = scores.masked_fill(~legal, -torch.inf).argmax(1, keepdim=True)
     top, best = expert_q.masked_fill(~legal, -torch.inf).max(1, keepdim=True)
@@ -717,8 +717,10 @@ def main(args):
             row |= columns[row["network"], row["game"]]
         print_table(rows)
         for row in rows:  # for the file alone: what others need to check an interval
-            row |= {"epsilon": args.epsilon, "sticky": args.sticky[0], "seed": args.seed}
-            row["plays"] = " ".join(f"{score:g}" for score in results[row["network"]][row["game"]])
+            row["epsilon"] = args.epsilon if networks[row["network"]][0] else 1.0
+            row |= {"sticky": args.sticky[0], "seed": args.seed}
+            scores = results[row["network"]][row["game"]]
+            row["plays"] = " ".join(f"{score:.0f}" for score in scores)
         print_summary(results, expert_of)
         write_csv(rows, table)
         groups = group_seeds(results, expert_of)

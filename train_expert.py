@@ -47,7 +47,7 @@ class Args:
     lr: float = 5e-4  # of RAdam; 2.5e-4 was slower on Breakout, but faster on Pong (one seed each)
     decay: float = 0.3  # share of the run over which lr falls to zero, at its end
     gamma: float = 0.99  # discount
-    lam: float = 0.85  # of the returns: 0 is one-step Q-learning, 1 sums to the rollout's end
+    lam: float = 0.85  # lambda of returns: 0 is one-step Q-learning, 1 sums to the rollout's end
     epsilon: float = 0.05  # share of random actions, falls from 1; as in evaluate.py (paper: 0.1)
     explore: float = 0.1  # share of the run over which epsilon falls (paper: 1M steps)
     target_rate: float = 0.1  # share of the way target moves to net each round; 0.02 is too slow

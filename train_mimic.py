@@ -307,8 +307,8 @@ def main(args):
 
     while step < args.steps:
         # Play T steps on all lanes of all games. The share is that of the lanes which the student
-        # plays. Paper: 1; here it grows from 0 to 1, as in DAgger (Ross et al., 2011; but it keeps
-        # all data), because in Breakout the student learns faster from the expert's long games.
+        # plays. Paper: 1; here it grows from 0 to 1, much as in DAgger (Ross et al., 2011), because
+        # in Breakout the student learns faster from the expert's long games than from its own.
         share = {"student": 1, "both": step / args.steps, "expert": 0}[args.actor]
         for t in range(T):
             # Whoever begins a game plays it to its end, so that every score is of one player.

@@ -48,7 +48,7 @@ class Args:
     lr: float = 5e-4  # of RAdam; 2.5e-4 was slower on Breakout, but faster on Pong (one seed each)
     decay: float = 0.3  # share of the run over which lr falls to zero, at its end
     gamma: float = 0.99  # discount
-    lam: float = 0.85  # of the returns: 0 is one-step Q-learning, 1 sums to the rollout's end
+    lam: float = 0.85  # lambda of returns: 0 is one-step Q-learning, 1 sums to the rollout's end
     epsilon: float = 0.05  # share of random actions, falls from 1; as in evaluate.py (paper: 0.1)
     explore: float = 0.1  # share of the run over which epsilon falls (paper: 1M steps)
     target_rate: float = 0.1  # share of the way target moves to net each round; 0.02 is too slow
@@ -179,14 +179,14 @@ def rescale(net, fresh):
     """Give net's layers the size of those of fresh, an AtariNet of the same widths, in place.
 
     A mimic's convolutions and linear layers grow, 1.5 to 15 times, while it learns: the optimizer's
-    steps are as many times too small. LayerNorm cancels it; the head makes up for the features'.
+    steps are as many times too small. LayerNorm cancels their size, the head that of the features.
     """
     for layer, new in zip(net.body, fresh.body):
         if isinstance(layer, (nn.Conv2d, nn.Linear)) or layer is net.body[-2]:  # the last LayerNorm
             factor = new.weight.norm() / layer.weight.norm()
             layer.weight *= factor
             layer.bias *= factor
-    net.head.weight /= factor  # now that of the last LayerNorm, by which the features grew
+    net.head.weight /= factor  # of the last LayerNorm, by which the features grew
 
 
 def main(args):

@@ -424,7 +424,7 @@ def test_evaluate_is_repeatable_and_sticky_actions_change_it(copy):
     command = "evaluate.py --runs runs/expert-breakout/expert.pt --games 2 --device cpu --out "
     call_all(copy, *(command + out for out in ("a", "b", "c --sticky 0.25", "d --sticky 0 0.25")))
     tables = {name: rows(copy / name / "table.csv") for name in "abcd"}
-    assert tables["a"] == tables["b"] != tables["c"]
+    assert tables["a"] == tables["b"] and tables["a"][0]["plays"] != tables["c"][0]["plays"]
     # Several values in one call: the first one's table, and the means of the others.
     (mean,) = (row["mean"] for row in tables["c"])
     for row, other in zip(tables["a"], tables["d"], strict=True):
@@ -433,6 +433,10 @@ def test_evaluate_is_repeatable_and_sticky_actions_change_it(copy):
     plays = [float(score) for score in row["plays"].split()]
     assert len(plays) == 2 and sum(plays) / 2 == float(mean) and max(plays) == float(row["max"])
     assert (row["epsilon"], row["sticky"], row["seed"]) == ("0.05", "0.25", "1")
+    run(copy, command + "e --random --epsilon 0.2 --seed 2")
+    epsilons = {row["network"]: row["epsilon"] for row in rows(copy / "e/table.csv")}
+    assert epsilons == {"runs/expert-breakout/expert.pt": "0.2", "random": "1"}
+    assert all(row["seed"] == "2" for row in rows(copy / "e/table.csv"))
 
 
 # One run, stopped and continued
@@ -766,6 +770,8 @@ def test_damaged_and_foreign_checkpoints_are_refused(copy):
     for part in ("net_args", "marks"):
         torch.save({k: v for k, v in mimic.items() if k != part}, copy / "part.pt")
         refused(copy, "evaluate.py --runs part.pt", "part.pt", f"lacks {part}")
+    torch.save(mimic | {"args": None}, copy / "part.pt")
+    refused(copy, "evaluate.py --runs part.pt", "part.pt", "args")
 
 
 def test_checkpoint_whose_weights_do_not_fit_is_refused(copy):
