@@ -289,7 +289,7 @@ def load_networks(args, device):
     """Read the checkpoints of `--runs`, and the experts of each mimic if they are still there.
 
     Returns {label: (net, games)}, net being None for the random policy, and {label: {game: label of
-    the expert that this network is compared with}}: a mimic's own, for others the only one there.
+    the expert that this network is compared with}}: a mimic's own, for others the only one read.
     """
     networks, experts, own = {}, {}, {}
     paths = list(dict.fromkeys(str(Path(path)) for path in args.runs))  # a/ is a, and read once
@@ -717,9 +717,9 @@ def main(args):
             row |= columns[row["network"], row["game"]]
         print_table(rows)
         for row in rows:  # for the file alone: what others need to check an interval
-            row["epsilon"] = args.epsilon if networks[row["network"]][0] else 1.0
+            label, scores = row["network"], results[row["network"]][row["game"]]
+            row["epsilon"] = 1.0 if networks[label][0] is None else args.epsilon  # None: random
             row |= {"sticky": args.sticky[0], "seed": args.seed}
-            scores = results[row["network"]][row["game"]]
             row["plays"] = " ".join(f"{score:.0f}" for score in scores)
         print_summary(results, expert_of)
         write_csv(rows, table)
