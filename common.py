@@ -102,13 +102,15 @@ def parse_args(cls, argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for field in dataclasses.fields(cls):
-        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE).group(1)
+        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE)
+        comment = comment.group(1).replace("%", "%%") if comment else ""
         flag, default = "--" + field.name.replace("_", "-"), field.default
         if isinstance(default, bool):
-            parser.add_argument(flag, action="store_true", help=comment.replace("%", "%%"))
+            either = argparse.BooleanOptionalAction  # --flag and --no-flag
+            parser.add_argument(flag, action=either, default=default, help=comment)
             continue
         several = isinstance(default, tuple)
-        kind = type(default[0] if default else "") if several else type(default)
+        kind = type(default[0] if default else "") if several else field.type
         shown = " ".join(map(str, default)) if several else str(default)
         parser.add_argument(
             flag,
@@ -116,7 +118,7 @@ def parse_args(cls, argv=None):
             default=default,
             nargs="*" if several else None,
             metavar=kind.__name__.upper(),
-            help=f"{comment} [{shown}]".replace("%", "%%"),
+            help=f"{comment} [{shown}]",
         )
     values = vars(parser.parse_args(argv))
     try:
@@ -172,7 +174,8 @@ def run(main, cls):
     except OSError as error:  # a full disk, a folder that may not be written
         message = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory|Storage size", str(error)):
+        no_memory = "out of memory|allocate memory|enough memory|Storage size"
+        if isinstance(error, RuntimeError) and not re.search(no_memory, str(error)):
             raise
         message = (
             "not enough memory: lower the largest of --lanes, --rollout, --replay, --updates, "
@@ -331,7 +334,7 @@ def load_weights(net, checkpoint, path, part="net"):
     try:
         net.load_state_dict(checkpoint[part])
     except (RuntimeError, KeyError, TypeError, AttributeError):
-        raise UserError(f"the weights in {path} do not fit the network's widths") from None
+        raise UserError(f"the weights in {path} do not fit: other widths, or layers") from None
     if not all(weight.isfinite().all() for weight in net.parameters()):
         raise UserError(f"the weights in {path} are not finite")
 

@@ -9,7 +9,7 @@ Q(lambda) returns of the last few steps stand in for the replay buffer. The targ
     python train_expert.py --game pong --steps 25_000_000  # as in the paper's Figure 1: four hours
 
 Output: the folder --out with checkpoint.pt (the same command goes on from it), log.csv, and
-expert.pt, the weights alone in half precision. The experts in experts/ are such files.
+expert.pt, the weights alone in half precision. In experts/ are such files, of stage 1.
 """
 
 import copy
@@ -234,7 +234,7 @@ def main(args):
     while step < args.steps:
         # Where games are equally long, lanes begun together stay in step, and a rollout would
         # hold one part of the game only. So each round one lane restarts, until all have.
-        lane = (step - log.first_step) // (T * N)
+        lane = (step - start) // (T * N)
         if lane < N:
             obs, info = envs.reset(options={"reset_mask": np.arange(N) == lane})
             frame, returns[lane] = info["episode_frame_number"], 0  # a game cut off has no score
@@ -318,8 +318,8 @@ def main(args):
                 rng=rng.get_state(),
             )
             log.write(step, row)
-            text = "score {:.1f}  max Q {max_q:.2f}  TD {td_loss:.4f}"
-            log.line(step, args.steps, text.format(common.mean(scores), **row))
+            text = f"max Q {row['max_q']:.2f}  TD {row['td_loss']:.4f}"
+            log.line(step, args.steps, f"score {common.mean(scores):.1f}  {text}")
             if stop and step < args.steps:
                 print(f"saved; the same command goes on from step {step:,}")
                 raise SystemExit(130)  # ended by Ctrl-C: what follows it after && does not start

@@ -66,7 +66,8 @@ class Args:
         common.require_range(self, 0, 1e30, "lr")  # far beyond any that make sense
         common.require_range(self, 1e-6, 1e6, "temperature")  # outside, the softmax is not finite
         common.require(self.out, "--out must name a folder")
-        common.require_range(self, 0, 2**31 - 1, "seed", "feature_weight")
+        common.require_range(self, 0, 2**31 - 1, "seed")
+        common.require_range(self, 0, 1_000_000, "feature_weight")
         drawn = self.updates * self.minibatch  # 28 KB each, in memory at once
         common.require(drawn <= 100_000, "--updates times --minibatch must be at most 100,000")
         enough = self.replay >= 4 * self.lanes
@@ -163,7 +164,8 @@ def policy_loss(student_logits, expert_q, legal, temperature):
     student_logits, expert_q: (..., 18), in main (games, minibatch, 18); legal (bool, there
     (games, 1, 18)) and temperature (above 0) are broadcast to them; returns (...). Only the expert
     is divided by the temperature (eq. 1): it turns Q-values, whose scale differs from game to game,
-    into a policy.
+    into a policy. The least that it can be is the entropy of the expert's policy, not 0: so losses
+    of different games or temperatures do not compare.
     """
     expert_policy = F.softmax(expert_q.masked_fill(~legal, -torch.inf) / temperature, -1)
     log_policy = F.log_softmax(student_logits.masked_fill(~legal, -torch.inf), -1)
@@ -251,6 +253,7 @@ def main(args):
     legal = torch.stack([legal_actions(game) for game in games])  # (G, 18)
     masks = legal[:, None].to(device)  # (G, 1, 18)
     expert_nets = [net.to(device, memory_format=torch.channels_last) for net in expert_nets]
+    # For another architecture give the student a class of its own: the experts need this one.
     student = AtariNet(**net_args).to(device, memory_format=torch.channels_last)
     # One linear map per game, from the student's features to the expert's.
     widths = [expert["net_args"]["hidden"][-1] for expert in experts]
@@ -410,7 +413,8 @@ def main(args):
                     # Share of the last round's drawn observations on which both prefer one action.
                     f"{game}_agreement": agreement,
                     f"{game}_{args.objective}_loss": imitation,
-                    f"{game}_feature_loss": distance,
+                    # With weight 0 the linear maps never learn: how far off they are says nothing.
+                    f"{game}_feature_loss": distance if args.feature_weight else math.nan,
                     f"{game}_spread": spreads[g],
                 }
             half = {name: weight.half().cpu() for name, weight in student.state_dict().items()}
@@ -431,7 +435,7 @@ def main(args):
                 print(f"saved; the same command goes on from step {step:,}")
                 raise SystemExit(130)  # ended by Ctrl-C: what follows it after && does not start
 
-    print(f"done: {out}/mimic.pt; python evaluate.py --runs {out}/mimic.pt measures it")
+    print(f"done: {out}/mimic.pt; python evaluate.py --runs {out} measures it")
 
 
 if __name__ == "__main__":

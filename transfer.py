@@ -8,13 +8,12 @@ weights, rescaled, with a new output layer; the control starts from random ones.
     python transfer.py --arm control  # what it is measured against
 
 Output: the folder --out with checkpoint.pt (the same command goes on from it), log.csv, and
-expert.pt, the weights alone in half precision. The experts in experts/ are such files.
+expert.pt, the weights alone in half precision. In experts/ are such files, of stage 1.
 """
 
 import copy
 import math
 import os
-import sys
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,8 +177,8 @@ def td_loss(q_values, actions, targets):
 def rescale(net, fresh):
     """Give net's layers the size of those of fresh, an AtariNet of the same widths, in place.
 
-    A mimic's convolutions and linear layers grow, 1.5 to 15 times, while it learns: the optimizer's
-    steps are as many times too small. LayerNorm cancels their size, the head that of the features.
+    While a mimic learns its weights grow, 1.5 to 15 times, but the optimizer's steps do not. No
+    output changes: LayerNorm cancels a layer's size, and the head that of the last LayerNorm.
     """
     for layer, new in zip(net.body, fresh.body):
         if isinstance(layer, (nn.Conv2d, nn.Linear)) or layer is net.body[-2]:  # the last LayerNorm
@@ -196,7 +195,7 @@ def main(args):
     mimic = common.load_checkpoint(args.mimic, ("mimic",))
     net_args = mimic["net_args"]
     if args.game in mimic["games"]:
-        print(f"warning: the mimic knows {args.game}; transfer means a new game", file=sys.stderr)
+        print(f"warning: the mimic knows {args.game}; transfer means a new game")
     T, N = args.rollout, args.lanes
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed)  # explores, shuffles and seeds the emulators
@@ -207,7 +206,8 @@ def main(args):
         fresh = copy.deepcopy(net)
         common.load_weights(net, mimic, args.mimic)
         rescale(net, fresh)
-        net.head = net.head if args.keep_head else fresh.head
+        if not args.keep_head:
+            net.head = fresh.head
     # Paper: a copy made every 10,000 steps, which gives targets only. Here the moving average of
     # net's weights, which also plays, and is what is saved.
     target = copy.deepcopy(net)
@@ -258,7 +258,7 @@ def main(args):
     while step < args.steps:
         # Where games are equally long, lanes begun together stay in step, and a rollout would
         # hold one part of the game only. So each round one lane restarts, until all have.
-        lane = (step - log.first_step) // (T * N)
+        lane = (step - start) // (T * N)
         if lane < N:
             obs, info = envs.reset(options={"reset_mask": np.arange(N) == lane})
             frame, returns[lane] = info["episode_frame_number"], 0  # a game cut off has no score
@@ -342,8 +342,8 @@ def main(args):
                 rng=rng.get_state(),
             )
             log.write(step, row)
-            text = "score {:.1f}  max Q {max_q:.2f}  TD {td_loss:.4f}"
-            log.line(step, args.steps, text.format(common.mean(scores), **row))
+            text = f"max Q {row['max_q']:.2f}  TD {row['td_loss']:.4f}"
+            log.line(step, args.steps, f"score {common.mean(scores):.1f}  {text}")
             if stop and step < args.steps:
                 print(f"saved; the same command goes on from step {step:,}")
                 raise SystemExit(130)  # ended by Ctrl-C: what follows it after && does not start

@@ -22,13 +22,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
+import common
 from common import UserError, load_checkpoint, load_state, parse_args, save_checkpoint
 from evaluate import MEDIAN, PAPER, group_curves, mean_over_run, print_curves, read_log
 
@@ -301,6 +302,7 @@ def test_feature_weight_zero_leaves_the_regressors_alone(copy):
     run(copy, command + "b")
     a, b = (load_checkpoint(copy / f"runs/{name}", ("mimic",)) for name in "ab")
     assert same(a["regressors"], b["regressors"]) and not same(a["net"], b["net"])
+    assert math.isnan(float(rows(copy / "runs/b/log.csv")[-1]["pong_feature_loss"]))
 
 
 def test_transfer_starts_from_the_mimic_and_the_control_does_not(copy):
@@ -331,8 +333,7 @@ def test_transfer_starts_from_the_mimic_and_the_control_does_not(copy):
 
 
 def test_transfer_to_a_source_game_is_a_warning(copy):
-    status, _, errors = call_here(copy, TRANSFER.replace("breakout", "pong"))
-    assert status == 0 and "warning" in errors
+    assert "warning" in run(copy, TRANSFER.replace("breakout", "pong"))
 
 
 def test_evaluate_measures_draws_and_films(copy):
@@ -1101,6 +1102,39 @@ def test_numbers_may_be_written_in_three_ways():
     assert {
         parse_args(cls, ["--steps", text]).steps for text in ("10_000_000", "1e7", "10000000")
     } == {10_000_000}
+
+
+@dataclass(frozen=True)
+class NewArgs:
+    rate: float = 1  # a default that looks like an int
+    bare: int = 3
+    on: bool = True  # a switch that is on
+    off: bool = False  # and one that is off
+
+
+def test_a_flag_that_a_student_adds_does_what_the_dataclass_says():
+    assert parse_args(NewArgs, []) == NewArgs()
+    flags = "--rate 0.5 --bare 4 --no-on --off".split()
+    assert parse_args(NewArgs, flags) == NewArgs(0.5, 4, False, True)
+
+
+@pytest.mark.parametrize(
+    "message, is_memory",
+    [
+        ("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory", True),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("more than one element refers to a single memory location. Please clone()", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_only_want_of_memory_is_called_so(capsys, monkeypatch, message, is_memory):
+    def main(args):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("sys.argv", ["train_expert.py"])
+    with pytest.raises(SystemExit if is_memory else RuntimeError):
+        common.run(main, NewArgs)
+    assert ("not enough memory" in capsys.readouterr().err) == is_memory
 
 
 def test_experts_that_ship_are_whole():
