@@ -1030,7 +1030,7 @@ def test_the_tables_of_the_readme_say_what_the_files_in_results_hold():
 def test_what_the_readmes_say_of_transfer_is_in_its_files(capsys):
     print_curves(group_curves(sorted((ROOT / "results").glob("transfer-*.csv"))))
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 6 and printed in (ROOT / "README.md").read_text()
+    assert printed.count("\n") == 10 and printed in (ROOT / "README.md").read_text()
     text = (ROOT / "results/README.md").read_text().split("## Transfer")[1].split("\n\n")[2]
     written = [line.split("|")[3:-1] for line in text.split("\n")[2:]]
     starts = {}  # {how the weights begin: {game: row}}
