@@ -177,8 +177,8 @@ def td_loss(q_values, actions, targets):
 def rescale(net, fresh):
     """Give net's layers the size of those of fresh, an AtariNet of the same widths, in place.
 
-    While a mimic learns its weights grow, 1.5 to 15 times, but the optimizer's steps do not. No
-    output changes: LayerNorm cancels a layer's size, and the head that of the last LayerNorm.
+    A mimic's weights have grown, 1.5 to 15 times, so the optimizer's steps would turn them slowly.
+    No output changes: LayerNorm cancels a layer's size, the head that of the last LayerNorm.
     """
     for layer, new in zip(net.body, fresh.body):
         if isinstance(layer, (nn.Conv2d, nn.Linear)) or layer is net.body[-2]:  # the last LayerNorm
