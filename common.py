@@ -93,7 +93,8 @@ def parse_args(cls, argv=None):
     """Make a command line from a dataclass of defaults; the comment behind a field is its help.
 
     `learning_rate: float = 0.1  # what it means` becomes `--learning-rate`. A tuple takes several
-    values, a bool becomes `--flag` and `--no-flag`. A ValueError of the class's own `__post_init__` (a flag out of range) is a UserError.
+    values, a bool becomes `--flag` and `--no-flag`. A ValueError of the class's own `__post_init__`
+    (a flag out of range) is a UserError.
     """
     source = inspect.getsource(cls)
     parser = Parser(
