@@ -42,12 +42,12 @@ class Args:
     hidden: tuple = (256,)  # fully connected layers (paper: 512)
     lanes: int = 32  # emulators side by side
     rollout: int = 32  # steps of each lane between two rounds of learning
-    epochs: int = 2  # passes over each rollout
+    epochs: int = 2  # passes over each rollout; one learned half as much from it in Breakout
     minibatch: int = 128  # observations per gradient step
     lr: float = 5e-4  # of RAdam; 2.5e-4 was slower on Breakout, but faster on Pong (one seed each)
     decay: float = 0.3  # share of the run over which lr falls to zero, at its end
     gamma: float = 0.99  # discount
-    lam: float = 0.85  # lambda of returns: 0 is one-step Q-learning, 1 sums to the rollout's end
+    lam: float = 0.85  # of Q(lambda) returns (0: one step, 1: to the rollout's end); 0.65 was slower
     epsilon: float = 0.05  # share of random actions, falls from 1; as in evaluate.py (paper: 0.1)
     explore: float = 0.1  # share of the run over which epsilon falls (paper: 1M steps)
     target_rate: float = 0.1  # share of the way target moves to net each round; 0.02 is too slow

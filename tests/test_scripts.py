@@ -1050,6 +1050,24 @@ def test_what_the_readmes_say_of_transfer_is_in_its_files(capsys):
                 assert agrees(end.strip(), by_game[game]["score"]), (game, end)
 
 
+def test_the_table_of_the_experts_choices_says_what_its_file_holds():
+    text = (ROOT / "results/README.md").read_text().split("### What a choice is worth")[1]
+    table, length = text.split("\n### ")[0], "--steps 300_000"
+    runs = [row for row in rows(ROOT / "results/expert_recipe.csv") if length in row["flags"]]
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line[:1] == "|"][2:]
+    for choice, *scores, dead in lines:
+        flags = re.search(r"`(.*)`", choice)
+        flags, note = flags[1] if flags else "", "without LayerNorm"
+        same = (f"{length} {flags}".strip(), note if note in choice else "")
+        seeds = [row for row in runs if (row["flags"], row["note"]) == same]
+        for game, cell in zip(("breakout", "seaquest", "space_invaders"), scores, strict=True):
+            own = [row["score"] for row in seeds if row["game"] == game]
+            assert all(map(agrees, cell.split(", "), own)) and len(own) == cell.count(",") + 1 == 2
+        ends = [100 * extreme(float(row["dead"]) for row in seeds) for extreme in (min, max)]
+        assert all(map(agrees, dead.removesuffix(" %").split(" to "), ends)), choice
+    assert len(lines) * 6 == len(runs) >= 24
+
+
 def test_the_table_of_ablations_says_what_its_file_holds():
     text = (ROOT / "results/README.md").read_text()
     table = {}  # {name of the row: {game: rows of its seeds}}
