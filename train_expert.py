@@ -132,9 +132,14 @@ class AtariNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, obs):
-        features = self.body(obs.to(memory_format=torch.channels_last) / 255).float()
+        device = obs.device.type
+        autocast = torch.is_autocast_enabled(device)
+        # 0 to 255 are exact in bfloat16, and moving half the bytes is faster.
+        dtype = torch.get_autocast_dtype(device) if autocast else torch.float32
+        obs = obs.to(dtype).to(memory_format=torch.channels_last) / 255
+        features = self.body(obs).float()
         # In bfloat16 rounding would be larger than what tells good actions from bad ones.
-        with torch.autocast(obs.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return self.head(features), features
 
 
