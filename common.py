@@ -16,7 +16,7 @@ A checkpoint is one plain dict, written by `torch.save` and read with `weights_o
     optimizer   its state_dict (not in what ships)
     rng         state of the generator that explores and draws (not in what ships)
     score       mean score of the last finished games, and `scores`, each of them (mimic: per game)
-    legal       expert, transfer: the game's legal actions, of 18
+    legal       expert, transfer: the game's legal actions, of 18 (for the reader, as max_q)
     max_q       expert, transfer: mean over the last rollout of max_a Q(s, a)
     regressors  mimic: state_dict of the linear maps of feature regression (not in what ships)
     experts     mimic: paths of its experts, and `marks`, step and minutes of each
@@ -223,7 +223,7 @@ def pick_device(name):
 def pick_autocast(precision, device):
     """Turn --precision auto|float32|bfloat16 into an autocast context for forward passes.
 
-    auto is bfloat16 where the hardware computes in it: recent GPUs, and CPUs with AVX-512 BF16.
+    auto is bfloat16 where it is fast: on NVIDIA's recent GPUs, and CPUs with AVX-512 BF16.
     """
     if precision not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--precision {precision} is not one of auto, float32, bfloat16")

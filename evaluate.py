@@ -177,10 +177,11 @@ class AtariNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, obs):
-        device = obs.device.type
-        autocast = torch.is_autocast_enabled(device)
-        # 0 to 255 are exact in bfloat16, and moving half the bytes is faster.
-        dtype = torch.get_autocast_dtype(device) if autocast else torch.float32
+        device, dtype = obs.device.type, torch.float32
+        if torch.is_autocast_enabled(device):
+            # Autocast would convert them after the division: the same, since 0 to 255 are exact in
+            # bfloat16, but slower. In two steps, because `to` with both is slower, too.
+            dtype = torch.get_autocast_dtype(device)
         obs = obs.to(dtype).to(memory_format=torch.channels_last) / 255
         features = self.body(obs).float()
         # In bfloat16 rounding would be larger than what tells good actions from bad ones.
@@ -202,8 +203,8 @@ def play(net, game, sticky, args, device, autocast, expert=None):
     """Play `args.games` whole games side by side: scores, (games,) float64, and a dict of columns.
 
     net: an AtariNet, or None for a random policy. Columns, of the pictures that it meets, nan
-    without an expert: the share on which both prefer one action, and the value that its choices
-    lose, as its expert's Q-values have it, in per cent of what random legal actions would lose.
+    without an expert: the share on which both prefer the same action, and the value that its
+    choices lose, as its expert's Q-values have it, in per cent of what random ones would lose.
     """
     # An emulator for each lane, so that those whose game is over rest while the others play on.
     envs, legal = [make_envs(game, 1, sticky) for _ in range(args.games)], legal_actions(game)
@@ -245,10 +246,11 @@ def play(net, game, sticky, args, device, autocast, expert=None):
 def judge(scores, expert_q, legal):
     """Compare a network's choices with its expert's: (B, 18), (B, 18), (18,) bool -> (3,) float64.
 
-    Sums over the states: 1 where both choose one action; Q(s, best) - Q(s, chosen), of the expert;
-    and the mean of that over all legal actions. Discounted and summed over a life, the second is
-    on average the gap between the network's return of clipped rewards and the expert's, if the
-    Q-values are right (performance difference lemma, Kakade and Langford, 2002).
+    Sums over the states: 1 where both choose the same action; of the expert's values
+    Q(s, best) - Q(s, chosen); and the mean of that over all legal actions. Discounted and summed
+    over a life, the second is on average the gap between the network's return of clipped rewards
+    and the expert's, if the Q-values are right (performance difference lemma, Kakade and Langford,
+    2002).
     """
     choice = scores.masked_fill(~legal, -torch.inf).argmax(1, keepdim=True)
     top, best = expert_q.masked_fill(~legal, -torch.inf).max(1, keepdim=True)

@@ -37,7 +37,7 @@ from train_expert import AtariNet, act, legal_actions, make_envs
 SECONDS = 5  # of each bare measurement
 RADAM = functools.partial(torch.optim.RAdam, lr=1e-5, foreach=True)  # as stages 1 and 3 have it
 ADAM = functools.partial(torch.optim.Adam, lr=1e-5, fused=True)  # as stage 2 has it
-STEPS = {"expert": 40_000, "mimic": 16_000, "transfer": 40_000}  # of each stage
+STEPS = {"expert": 40_960, "mimic": 16_128, "transfer": 40_960}  # of each stage, whole rounds
 
 
 def rate(work, amount):

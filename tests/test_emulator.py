@@ -149,7 +149,7 @@ def test_replay_rebuilds_the_stacks_that_the_emulator_showed():
     assert restarts > 2
 
 
-def test_every_rom_has_legal_actions_within_the_full_set():
+def test_five_games_have_their_known_minimal_action_sets():
     sizes = {
         game: int(legal_actions(game).sum())
         for game in ("atlantis", "pong", "seaquest", "freeway", "enduro")

@@ -157,6 +157,14 @@ def test_network_has_the_papers_size(channels, hidden, parameters):
     assert (scores.std(1) > 0).all()  # of equal ones argmax would take the no-op for ever
 
 
+def test_screens_converted_before_the_division_give_the_same_features():
+    net, obs = AtariNet((4,), (8,)), torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8)
+    divided = (obs / 255).to(memory_format=torch.channels_last)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert torch.equal(net(obs)[1], net.body(divided).float())
+
+
 def test_scores_are_not_rounded_to_bfloat16():
     net, obs = AtariNet((4,), (8,)), torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8)
     torch.nn.init.normal_(net.head.weight)

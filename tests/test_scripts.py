@@ -967,6 +967,8 @@ def test_every_flag_is_used_and_explained(name):
     body = (ROOT / f"{name}.py").read_text().split("__post_init__")[1].split("\n\n\n", 1)[1]
     for field in fields(module.Args):
         assert re.search(rf"\bargs\.{field.name}\b", body), f"--{field.name} does nothing"
+        line = rf"^    {field.name}: .*  # ."
+        assert re.search(line, (ROOT / f"{name}.py").read_text(), re.M), f"--{field.name}: no help"
 
 
 @pytest.mark.parametrize(
