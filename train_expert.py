@@ -1,8 +1,8 @@
 """Stage 1 of Actor-Mimic: train an expert, a Q-network that plays one Atari game.
 
 The paper's experts are DQNs. This is the same Q-learning in the form that suits today's machines
-(PQN: Gallici et al., 2025, arXiv 2407.04811): many emulators side by side feed one network, and
-Q(lambda) returns of the last few steps stand in for the replay buffer. DQN's target network stays.
+(PQN: Gallici et al., 2025, arXiv 2407.04811): many emulators side by side stand in for the replay
+buffer, and Q(lambda) returns look several steps ahead. DQN's target network is a moving average.
 
     python train_expert.py --game pong --steps 50_000 --out runs/try-expert  # a minute
     python train_expert.py --game atlantis  # two cores: 15 minutes, 60,000 points
@@ -42,7 +42,7 @@ class Args:
     hidden: tuple = (256,)  # fully connected layers (paper: 512)
     lanes: int = 32  # emulators side by side (paper: 1)
     rollout: int = 32  # steps of each lane between two rounds of learning
-    epochs: int = 2  # passes over each rollout; one learned half as much from it in Breakout
+    epochs: int = 2  # passes over each rollout; 1: half the score in Breakout, level in equal time
     minibatch: int = 128  # observations per gradient step (paper: 32)
     lr: float = 5e-4  # of RAdam; 2.5e-4 was slower on Breakout, but faster on Pong (one seed each)
     decay: float = 0.3  # share of the run over which lr falls to zero, at its end
@@ -134,8 +134,8 @@ class AtariNet(nn.Module):
     def forward(self, obs):
         device, dtype = obs.device.type, torch.float32
         if torch.is_autocast_enabled(device):
-            # Autocast would convert them after the division: the same, since 0 to 255 are exact in
-            # bfloat16, but slower. In two steps, because `to` with both is slower, too.
+            # Straight to the type that autocast computes in: as exact (0 to 255 are), and faster.
+            # So is `to` in two steps.
             dtype = torch.get_autocast_dtype(device)
         obs = obs.to(dtype).to(memory_format=torch.channels_last) / 255
         features = self.body(obs).float()

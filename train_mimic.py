@@ -11,7 +11,8 @@ features from which the expert's can be read off (feature regression).
                                                            # cores with bfloat16, 2 to 3.3 without;
                                                            # 98 % of its expert in the median game
     python train_mimic.py --actor student --feature-weight 0 --steps 25_000_000 --out runs/paper
-                                                           # the paper's: 35 hours or more
+                                                           # the paper's length, player and loss:
+                                                           # 35 hours to 8 days
 
 Output: runs/mimic/ with checkpoint.pt (the same command goes on from it), log.csv, and mimic.pt,
 the student's weights alone in half precision. Those in mimics/ are such files.
@@ -51,7 +52,7 @@ class Args:
     updates: int = 32  # gradient steps per round: each observation is learned from twice (as paper)
     minibatch: int = 16  # observations of each game per gradient step (paper: 8)
     replay: int = 20_000  # observations kept of each game, 0.15 GB (paper: 100_000)
-    lr: float = 2e-3  # of Adam; 1e-3 and 4e-3: higher loss (short runs, experts in half the lanes)
+    lr: float = 2e-3  # of Adam; 1e-3 and 4e-3 had a higher loss in short runs
     decay: float = 0.5  # share of the run over which lr falls to zero, at its end
     report_every: int = 20_000  # steps between two lines of the log, each with a checkpoint
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -137,8 +138,8 @@ class AtariNet(nn.Module):
     def forward(self, obs):
         device, dtype = obs.device.type, torch.float32
         if torch.is_autocast_enabled(device):
-            # Autocast would convert them after the division: the same, since 0 to 255 are exact in
-            # bfloat16, but slower. In two steps, because `to` with both is slower, too.
+            # Straight to the type that autocast computes in: as exact (0 to 255 are), and faster.
+            # So is `to` in two steps.
             dtype = torch.get_autocast_dtype(device)
         obs = obs.to(dtype).to(memory_format=torch.channels_last) / 255
         features = self.body(obs).float()
@@ -203,7 +204,7 @@ class FrameReplay:
 
     def __init__(self, steps, lanes, features):
         self.frames = torch.zeros((steps, lanes, 84, 84), dtype=torch.uint8)
-        # Earlier frames of the same game, at most 3.
+        # How many earlier frames of its game a frame has, at most 3.
         self.age = torch.zeros((steps, lanes), dtype=torch.int64)
         self.q_values = torch.zeros((steps, lanes, 18))
         self.features = torch.zeros((steps, lanes, features), dtype=torch.half)
@@ -224,6 +225,7 @@ class FrameReplay:
         lane = torch.randint(self.frames.shape[1], (count,), generator=rng)
         slot = step % len(self.frames)
         back = torch.arange(3, -1, -1)  # the newest frame comes last
+        # Rows of the flattened buffer. Those before a game's first frame are blacked out below.
         index = (step[:, None] - back) % len(self.frames) * self.frames.shape[1] + lane[:, None]
         # index_select is twice as fast on a CPU as indexing with [slots, lanes].
         obs = self.frames.flatten(0, 1).index_select(0, index.flatten()).view(count, 4, 84, 84)
@@ -261,7 +263,8 @@ def main(args):
     legal = torch.stack([legal_actions(game) for game in games])  # (G, 18)
     masks = legal[:, None].to(device)  # (G, 1, 18)
     expert_nets = [net.to(device, memory_format=torch.channels_last) for net in expert_nets]
-    # For another architecture give the student a class of its own: the experts need this one.
+    # For another architecture give the student a class of its own (the experts need this one), and
+    # build it in load_networks of evaluate.py, too.
     student = AtariNet(**net_args).to(device, memory_format=torch.channels_last)
     # One linear map per game, from the student's features to the expert's.
     widths = [expert["net_args"]["hidden"][-1] for expert in experts]
@@ -313,13 +316,14 @@ def main(args):
     obs = torch.stack([torch.from_numpy(first) for first, _ in resets])  # (G, N, 4, 84, 84)
     frame = np.stack([info["episode_frame_number"] for _, info in resets])  # (G, N)
     age, returns = torch.zeros((G, N), dtype=torch.int64), np.zeros((G, N))
-    game_over = student_plays = np.ones((G, N), dtype=bool)  # a game begins in every lane
+    game_over = np.ones((G, N), dtype=bool)  # a game begins in every lane
+    student_plays = np.zeros((G, N), dtype=bool)  # decided where one begins
     stop, start, next_report = common.Stop(), step, step
 
     while step < args.steps:
         # Play T steps on all lanes of all games. The share is that of the lanes which the student
         # plays. Paper: 1; here it grows from 0 to 1, much as in DAgger (Ross et al., 2011), because
-        # in Breakout the student learns faster from the expert's long games than from its own.
+        # in short runs that had twice the score in Breakout (Seaquest: no clear difference).
         share = {"student": 1, "both": step / args.steps, "expert": 0}[args.actor]
         for t in range(T):
             # Whoever begins a game plays it to its end, so that every score is of one player.
