@@ -7,9 +7,10 @@ into a policy, and the student learns to hold the same policy (policy regression
 features from which the expert's can be read off (feature regression).
 
     python train_mimic.py --steps 10_000 --out runs/try-mimic  # 1 to 5 minutes
-    python train_mimic.py                                  # all of experts/: about an hour on two
-                                                           # cores with bfloat16, 2 to 3.3 without;
-                                                           # 98 % of its expert in the median game
+    python train_mimic.py                                  # all of experts/: 40 to 90 minutes on
+                                                           # two cores with bfloat16, 2 to 3.3
+                                                           # hours without; 98 % of its expert in
+                                                           # the median game
     python train_mimic.py --actor student --feature-weight 0 --steps 25_000_000 --out runs/paper
                                                            # the paper's length, player and loss:
                                                            # 35 hours to 8 days
