@@ -222,7 +222,7 @@ def test_student_reaches_the_policy_of_a_frozen_expert():
     envs = make_envs("breakout", 16)
     pictures, _ = envs.reset(seed=1)
     seen = []
-    for _ in range(12):
+    for _ in range(6):
         pictures = envs.step(act(torch.zeros(16, 18), legal, 1.0, rng).numpy())[0]
         seen.append(torch.from_numpy(pictures))
     obs = torch.cat(seen)
