@@ -165,13 +165,14 @@ def run(main, cls):
     """Parse the command line and call main(args); a UserError is one line and exit status 2."""
     try:
         keep_freed_memory()
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # the shell has closed it: `>&-`
         sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show
         main(parse_args(cls))
     except UserError as error:
         message = str(error)
     except BrokenPipeError:  # `| head`, or Ctrl-C has ended `| tee`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
-        message = "nobody reads the output; the same command goes on from the last save"
+        message = "nobody reads the output; start again (training goes on from its last save)"
     except OSError as error:  # a full disk, a folder that may not be written
         message = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     except (MemoryError, RuntimeError) as error:
@@ -456,13 +457,19 @@ class Log:
         )
 
     def write(self, step, row):
-        """Append step, minutes and a dict of numbers, with the header if the file is new."""
+        """Append step, minutes and a dict of numbers, with the header if the file is new.
+
+        Raises UserError if the file has other columns, or cannot be written.
+        """
         row = {"step": step, "minutes": self.minutes(), **row}
-        new = not self.path.exists() or self.path.stat().st_size == 0
         try:
-            with open(self.path, "a", newline="") as file:
+            with open(self.path, "a+", newline="") as file:
+                file.seek(0)
+                columns = next(csv.reader(file), [])
+                if columns and columns != list(row):
+                    raise UserError(f"{self.path} has other columns; name another --out")
                 writer = csv.writer(file, lineterminator="\n")
-                if new:
+                if not columns:
                     writer.writerow(row)
                 writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
         except OSError as error:

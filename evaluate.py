@@ -108,7 +108,7 @@ class Args:
         common.require_range(self, 0, 1_000, "games")  # an emulator for each takes 0.2 s to start
         idle = self.random or (self.runs and not self.gif)
         common.require(self.games or not idle, "--games 0 plays none: it needs --gif, not --random")
-        common.require_range(self, 1, 10_000, "film")
+        common.require_range(self, 1, 2_000, "film")
         plain = self.out and self.name and Path(self.name).name == self.name
         common.require(plain, "--out must name a folder, and --name a file without its folder")
         common.require_shares(self, "epsilon")
@@ -298,7 +298,7 @@ def load_networks(args, device):
     Returns {label: (net, games)}, net being None for the random policy, and {label: {game: label of
     the expert that this network is compared with}}: a mimic's own, for others the only one read.
     """
-    networks, experts, own = {}, {}, {}
+    networks, experts, own, seeds = {}, {}, {}, {}
     paths = list(dict.fromkeys(str(Path(path)) for path in args.runs))  # a/ is a, and read once
     for path in paths:  # grows: a mimic adds its experts
         checkpoint = common.load_checkpoint(path, ("expert", "mimic", "transfer"))
@@ -306,6 +306,9 @@ def load_networks(args, device):
         common.load_weights(net, checkpoint, path)
         games = checkpoint["games"]
         networks[path] = net, games
+        other = seeds.setdefault((without_seed(path), checkpoint["args"].get("seed")), path)
+        if other != path:
+            print(f"warning: {other} and {path} have the same seed", file=sys.stderr)
         if checkpoint["stage"] == "expert":
             experts.setdefault(games[0], []).append(path)
         if checkpoint["stage"] == "mimic":
@@ -444,7 +447,8 @@ def show_interval(interval):
 
 def write_csv(rows, path):
     """Write the rows, numbers to six digits."""
-    with common.whole_file(path) as temporary, open(temporary, "w", newline="") as file:
+    odd = {"encoding": "utf-8", "errors": "backslashreplace"}  # a name of a run may hold any byte
+    with common.whole_file(path) as temporary, open(temporary, "w", newline="", **odd) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(rows[0])
         for row in rows:
@@ -527,7 +531,7 @@ def read_log(path):
     except (OSError, ValueError, TypeError, IndexError, csv.Error):
         log = {}
     if not {"step", "minutes"} <= log.keys() or not any(name.endswith("_score") for name in log):
-        raise common.UserError(f"{path} is not a log of this project")
+        raise common.UserError(f"{path} is missing, empty, or no log of this project")
     return log
 
 
@@ -588,6 +592,9 @@ def print_curves(groups):
                 half = half_width(ends)
                 over, end = map(show_interval, zip(means, means - half, means + half))
             name = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
+            last = [x[-1] for x, _, _ in seeds]
+            if min(last) < max(last):  # they do not compare
+                name += f", after {min(last):,.0f} to {max(last):,.0f} steps"
             print(f"{game}, {name}: {over} over the run, {end} at its end")
 
 
@@ -606,7 +613,7 @@ def draw_curves(groups, path):
     for panel, (game, curves) in zip(panels, groups.items()):
         for label, seeds in curves.items():
             steps = max((steps for steps, _, _ in seeds), key=len)
-            scores = np.stack([np.interp(steps, x, y, right=np.nan) for x, y, _ in seeds])
+            scores = np.stack([np.interp(steps, x, y, np.nan, np.nan) for x, y, _ in seeds])
             name = label.removesuffix(f"-{game}")  # expert-pong: the title says pong
             name = f"{name} ({len(seeds)} seeds)" if len(seeds) > 1 else name
             (line,) = panel.plot(steps, scores.mean(0), label=name)
@@ -722,14 +729,16 @@ def main(args):
         rows = make_rows(results, expert_of)
         for row in rows:
             row |= columns[row["network"], row["game"]]
-        print_table(rows)
-        for row in rows:  # for the file alone: what others need to check an interval
+        whole_rows = []  # of the file: with what others need to check an interval
+        for row in rows:
             label, scores = row["network"], results[row["network"]][row["game"]]
-            row["epsilon"] = 1.0 if networks[label][0] is None else args.epsilon  # None: random
-            row |= {"sticky": args.sticky[0], "seed": args.seed}
-            row["plays"] = " ".join(f"{score:.0f}" for score in scores)
+            epsilon = 1.0 if networks[label][0] is None else args.epsilon  # None: random
+            more = {"epsilon": epsilon, "sticky": args.sticky[0], "seed": args.seed}
+            more["plays"] = " ".join(f"{score:.0f}" for score in scores)
+            whole_rows.append(row | more)
+        write_csv(whole_rows, table)  # before it is printed: `| head` may have left
+        print_table(rows)
         print_summary(results, expert_of)
-        write_csv(rows, table)
         groups = group_seeds(results, expert_of)
         drawn = draw_bars(rows, groups, expert_of, out / f"{args.name}.png")
         print(f"wrote {table}" + (" and .png" if drawn else "; no bars: no score to compare with"))

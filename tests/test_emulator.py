@@ -260,13 +260,17 @@ def test_the_figure_has_a_bar_for_each_group_of_seeds(monkeypatch):
         assert list(dots) == [20, 40]
 
 
-def test_seeds_of_an_expert_are_not_measured_by_the_first_and_without_measure_no_bars(tmp_path):
+def test_seeds_of_an_expert_are_not_measured_by_the_first_and_without_measure_no_bars(
+    tmp_path, capsys
+):
     expert = load_checkpoint(Path(__file__).parent.parent / "experts/breakout.pt", ("expert",))
     for game, seeds, percent in (("breakout", (1, 2), np.nan), ("alien", (1,), 100)):
         paths = [str(tmp_path / f"{game}-s{seed}.pt") for seed in seeds]
         for path in paths:
             torch.save({**expert, "games": [game]}, path)
         networks, expert_of = evaluate.load_networks(evaluate.Args(runs=tuple(paths)), "cpu")
+        # They are copies: someone has forgotten --seed 2.
+        assert ("have the same seed" in capsys.readouterr().err) == (len(seeds) > 1)
         results = {label: {game: np.array([20.0, 30.0])} for label in networks}
         rows, picture = evaluate.make_rows(results, expert_of), tmp_path / f"{game}.png"
         np.testing.assert_equal([row["% expert"] for row in rows], [percent] * len(seeds))

@@ -408,14 +408,31 @@ def test_curves_are_summed_up_with_an_interval_over_seeds(tmp_path, capsys):
         (tmp_path / f"a-s{seed}.csv").write_text(text)
     (tmp_path / "b-s1.csv").write_text("step,minutes,pong_score\n5,1,nan\n")  # too short: no line
     (tmp_path / "c-s1.csv").write_text("step,minutes,pong_score\n10,1,4\n20,2,6\n")
+    (tmp_path / "c-s2.csv").write_text("step,minutes,pong_score\n20,1,6\n1000,2,6\n")
     print_curves(group_curves(sorted(tmp_path.glob("*.csv"))))
     half = 4.30 * statistics.stdev([0, 1, 5]) / 3**0.5
     over, end = 4.75, 5.0
     assert capsys.readouterr().out == (
         f"pong, a (3 seeds): {over:.1f} (95 % interval {over - half:.1f} to {over + half:.1f}) "
         f"over the run, {end:.1f} (95 % interval {end - half:.1f} to {end + half:.1f}) at its end\n"
-        "pong, c: 5.0 over the run, 6.0 at its end\n"
+        "pong, c (2 seeds), after 20 to 1,000 steps: 5.5 over the run, 6.0 at its end\n"
     )
+
+
+def test_the_mean_of_curves_is_drawn_where_all_seeds_have_a_score(tmp_path, monkeypatch):
+    for seed, first in ((1, 10), (2, 20)):
+        rows = "".join(f"{step},1,{seed}\n" for step in range(first, 31, 10))
+        (tmp_path / f"a-s{seed}.csv").write_text("step,minutes,pong_score\n" + rows)
+    module, figures = importlib.import_module("evaluate"), []
+    monkeypatch.setattr(module, "save_figure", lambda figure, path: figures.append(figure))
+    module.draw_curves(group_curves(sorted(tmp_path.glob("*.csv"))), "unused")
+    thick = figures[0].axes[0].lines[0].get_ydata().tolist()
+    assert math.isnan(thick[0]) and thick[1:] == [1.5, 1.5]
+
+
+def test_a_table_holds_a_name_of_any_bytes(tmp_path):
+    importlib.import_module("evaluate").write_csv([{"network": "é\udcff"}], tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_text(encoding="utf-8") == "network\né\\udcff\n"
 
 
 def test_a_film_alone_begins_after_some_steps(copy):
@@ -884,8 +901,12 @@ def test_log_that_a_crash_or_a_hand_has_spoiled(copy):
     log.write_bytes(good[:20])  # a full disk had room for half a header
     run(copy, command + " --steps 384")
     assert [int(row["step"]) for row in rows(log)] == [384]
+    text = log.read_text().replace("max_q", "frames,max_q")
+    log.write_text(text)  # as if someone had added a column for a while
+    status, _, errors = call_here(copy, command + " --steps 416")
+    assert status == 2 and "has other columns" in errors and log.read_text() == text
     log.write_bytes(b"my,own,notes\n1,2,3\n")
-    refused(copy, command + " --steps 416", "log.csv", "not a log")
+    refused(copy, command + " --steps 448", "log.csv", "not a log")
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
@@ -1148,6 +1169,12 @@ def test_a_flag_that_a_student_adds_does_what_the_dataclass_says():
     assert parse_args(NewArgs, []) == NewArgs()
     flags = "--rate 0.5 --bare 4 --no-on --off".split()
     assert parse_args(NewArgs, flags) == NewArgs(0.5, 4, False, True)
+
+
+def test_a_script_runs_although_its_output_is_closed(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_expert.py"])
+    monkeypatch.setattr("sys.stdout", None)  # as with `>&-`
+    common.run(print, NewArgs)
 
 
 @pytest.mark.parametrize(
