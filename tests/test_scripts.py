@@ -1091,9 +1091,8 @@ def test_the_table_of_the_experts_choices_says_what_its_file_holds():
     runs = [row for row in rows(ROOT / "results/expert_recipe.csv") if length in row["flags"]]
     lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line[:1] == "|"][2:]
     for choice, *scores, dead in lines:
-        flags = re.search(r"`(.*)`", choice)
-        flags, note = flags[1] if flags else "", "without LayerNorm"
-        same = (f"{length} {flags}".strip(), note if note in choice else "")
+        flags, note = re.search(r"`(.*)`", choice), re.fullmatch(r"\(none, (.*)\)", choice)
+        same = f"{length} {flags[1] if flags else ''}".strip(), note[1] if note else ""
         seeds = [row for row in runs if (row["flags"], row["note"]) == same]
         for game, cell in zip(("breakout", "seaquest", "space_invaders"), scores, strict=True):
             own = [row["score"] for row in seeds if row["game"] == game]
