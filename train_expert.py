@@ -45,7 +45,7 @@ class Args:
     epochs: int = 2  # passes over each rollout; 1: half the score in Breakout, level in equal time
     minibatch: int = 128  # observations per gradient step (paper: 32)
     lr: float = 5e-4  # of RAdam; on Breakout 2.5e-4 was slower, and 1e-3 ahead in short runs
-    decay: float = 0.3  # share of the run over which lr falls to zero, at its end; 1: level in short runs
+    decay: float = 0.3  # share of the run over which lr falls to zero, at its end; 1 was no better
     gamma: float = 0.99  # discount (as paper)
     lam: float = 0.85  # of Q(lambda) returns (0: one step, 1: to the rollout's end); 0.65: slower
     epsilon: float = 0.05  # share of random actions, falls from 1; as in evaluate.py (paper: 0.1)
