@@ -49,7 +49,7 @@ class Args:
     gamma: float = 0.99  # discount (as paper)
     lam: float = 0.85  # of Q(lambda) returns (0: one step, 1: to the rollout's end); 0.65: slower
     epsilon: float = 0.05  # share of random actions, falls from 1; as in evaluate.py (paper: 0.1)
-    explore: float = 0.1  # share of the run over which epsilon falls (paper: 1M steps)
+    explore: float = 0.1  # share of the run over which epsilon falls; 0.3: level (paper: 1M steps)
     target_rate: float = 0.1  # share of the way target moves to net each round; 0.02 is too slow
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this (paper: errors to 1)
     report_every: int = 50_000  # steps between two lines of the log, each with a checkpoint
