@@ -108,7 +108,7 @@ class Args:
         common.require_range(self, 0, 1_000, "games")  # an emulator for each takes 0.2 s to start
         idle = self.random or (self.runs and not self.gif)
         common.require(self.games or not idle, "--games 0 plays none: it needs --gif, not --random")
-        common.require_range(self, 1, 2_000, "film")
+        common.require_range(self, 1, 2_000, "film")  # 0.3 MB of memory a step and game
         plain = self.out and self.name and Path(self.name).name == self.name
         common.require(plain, "--out must name a folder, and --name a file without its folder")
         common.require_shares(self, "epsilon")
@@ -168,7 +168,7 @@ class AtariNet(nn.Module):
             width = out
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(width, 18)
-        # In short runs of experts torch's own first weights did as well.
+        # In short runs of experts torch's own first weights did as well as these.
         for layer in self.body:
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
@@ -307,6 +307,7 @@ def load_networks(args, device):
         common.load_weights(net, checkpoint, path)
         games = checkpoint["games"]
         networks[path] = net, games
+        # Seeds of one thing get an interval, which of one run twice would mean nothing.
         other = seeds.setdefault((without_seed(path), checkpoint["args"].get("seed")), path)
         if other != path:
             print(f"warning: {other} and {path} have the same seed", file=sys.stderr)
@@ -448,8 +449,8 @@ def show_interval(interval):
 
 def write_csv(rows, path):
     """Write the rows, numbers to six digits."""
-    odd = {"encoding": "utf-8", "errors": "backslashreplace"}  # a name of a run may hold any byte
-    with common.whole_file(path) as temporary, open(temporary, "w", newline="", **odd) as file:
+    text = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of runs may hold any byte
+    with common.whole_file(path) as temporary, open(temporary, "w", newline="", **text) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(rows[0])
         for row in rows:
@@ -730,7 +731,7 @@ def main(args):
         rows = make_rows(results, expert_of)
         for row in rows:
             row |= columns[row["network"], row["game"]]
-        whole_rows = []  # of the file: with what others need to check an interval
+        whole_rows = []  # for the file: with what others need to check an interval
         for row in rows:
             label, scores = row["network"], results[row["network"]][row["game"]]
             epsilon = 1.0 if networks[label][0] is None else args.epsilon  # None: random

@@ -128,7 +128,7 @@ class AtariNet(nn.Module):
             width = out
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(width, 18)
-        # In short runs of experts torch's own first weights did as well.
+        # In short runs of experts torch's own first weights did as well as these.
         for layer in self.body:
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU

@@ -734,7 +734,7 @@ def test_expert_refuses_flags_out_of_range(studio, flags, words):
         ("--updates 0", ["--updates"]),
         ("--updates 1e15 --minibatch 1e15", ["--updates", "--minibatch"]),
         (
-            "--replay 400 --experts runs/expert-pong/expert.pt runs/expert-pong/checkpoint.pt",
+            "--experts runs/expert-pong/expert.pt runs/expert-pong/checkpoint.pt",
             ["two experts", "pong"],
         ),
         ("--experts runs/nothing.pt", ["runs/nothing.pt"]),
