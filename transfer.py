@@ -41,7 +41,7 @@ class Args:
     seed: int = 1  # of the weights, exploration, shuffling and emulators
     out: str = ""  # folder of the run (empty: runs/transfer-<game>-<arm>-s<seed>)
     lanes: int = 32  # emulators side by side (paper: 1)
-    rollout: int = 32  # steps of each lane between two rounds of learning
+    rollout: int = 32  # steps of each lane between two rounds; 16 with 64 lanes were no better
     epochs: int = 2  # passes over each rollout; 1: half the score in Breakout, level in equal time
     minibatch: int = 128  # observations per gradient step; 256 was no better (paper: 32)
     lr: float = 5e-4  # of RAdam; Breakout: 2.5e-4 slower, 1e-3 ahead at first; Pong: 2.5e-4 faster
