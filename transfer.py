@@ -113,8 +113,8 @@ class AtariNet(nn.Module):
         super().__init__()
         layers, width, size = [], 4, 84
         for out, kernel, stride in zip(channels, (8, 4, 3, 3), (4, 2, 1, 1)):
-            # One group: LayerNorm over channels and positions (paper: none). Without this one
-            # short runs of experts were ahead in Breakout and behind in Seaquest.
+            # One group: LayerNorm over channels and positions (paper: none). In short runs
+            # experts without it were ahead in Breakout and behind in Seaquest.
             layers += [nn.Conv2d(width, out, kernel, stride), nn.GroupNorm(1, out), nn.ReLU()]
             width, size = out, (size - kernel) // stride + 1
         layers.append(nn.Flatten())
