@@ -9,7 +9,7 @@ A checkpoint is one plain dict, written by `torch.save` and read with `weights_o
     minutes     wall time so far
     args        the flags of the run
     command     the command line, and `machine`, where it ran
-    net_args    {"channels": [...], "hidden": [...]}: widths, enough to build the network again
+    net_args    {"channels": [...], "hidden": [...]}: widths, and of a mimic conv_norm (older: true)
     net         its state_dict; half precision in what ships: expert.pt, mimic.pt
     online      expert, transfer: the weights that learn, of which net is the moving average (not in
                 what ships)

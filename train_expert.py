@@ -107,15 +107,17 @@ class AtariNet(nn.Module):
 
     obs (B, 4, 84, 84) uint8 -> scores (B, 18), features (B, F), the activations that feed the
     output layer. Scores are Q-values in an expert and in transfer, and logits in the mimic.
+    conv_norm: LayerNorm after the convolutions, too, not after the linear layers alone.
     """
 
-    def __init__(self, channels=(32, 64, 64), hidden=(512,)):
+    def __init__(self, channels=(32, 64, 64), hidden=(512,), conv_norm=True):
         super().__init__()
         layers, width, size = [], 4, 84
         for out, kernel, stride in zip(channels, (8, 4, 3, 3), (4, 2, 1, 1)):
             # One group: LayerNorm over channels and positions (paper: none). In short runs
             # experts without it were ahead in Breakout and behind in Seaquest.
-            layers += [nn.Conv2d(width, out, kernel, stride), nn.GroupNorm(1, out), nn.ReLU()]
+            norm = nn.GroupNorm(1, out) if conv_norm else nn.Identity()
+            layers += [nn.Conv2d(width, out, kernel, stride), norm, nn.ReLU()]
             width, size = out, (size - kernel) // stride + 1
         layers.append(nn.Flatten())
         width *= size * size

@@ -43,6 +43,7 @@ class Args:
     out: str = "runs/mimic"  # folder of the run
     channels: tuple = (32, 64, 64)  # convolutions: kernels 8, 4, 3, 3 with strides 4, 2, 1, 1
     hidden: tuple = (512,)  # fully connected layers
+    conv_norm: bool = True  # LayerNorm after the convolutions, too (paper: none); off: faster
     objective: str = "policy"  # policy, or q: squared error on Q-values (no temperature)
     temperature: float = 0.3  # of the experts' softmax, in units of q_spread (paper: 1, plain)
     feature_weight: float = 0.1  # of feature regression; 0: none (paper: 0, and 0.01)
@@ -112,15 +113,17 @@ class AtariNet(nn.Module):
 
     obs (B, 4, 84, 84) uint8 -> scores (B, 18), features (B, F), the activations that feed the
     output layer. Scores are Q-values in an expert and in transfer, and logits in the mimic.
+    conv_norm: LayerNorm after the convolutions, too, not after the linear layers alone.
     """
 
-    def __init__(self, channels=(32, 64, 64), hidden=(512,)):
+    def __init__(self, channels=(32, 64, 64), hidden=(512,), conv_norm=True):
         super().__init__()
         layers, width, size = [], 4, 84
         for out, kernel, stride in zip(channels, (8, 4, 3, 3), (4, 2, 1, 1)):
             # One group: LayerNorm over channels and positions (paper: none). In short runs
             # experts without it were ahead in Breakout and behind in Seaquest.
-            layers += [nn.Conv2d(width, out, kernel, stride), nn.GroupNorm(1, out), nn.ReLU()]
+            norm = nn.GroupNorm(1, out) if conv_norm else nn.Identity()
+            layers += [nn.Conv2d(width, out, kernel, stride), norm, nn.ReLU()]
             width, size = out, (size - kernel) // stride + 1
         layers.append(nn.Flatten())
         width *= size * size
@@ -258,7 +261,11 @@ def main(args):
         raise common.UserError(f"two experts for one game: {', '.join(games)}")
     # What tells an expert from the same one trained again.
     marks = [[expert["step"], expert["minutes"]] for expert in experts]
-    net_args = {"channels": list(args.channels), "hidden": list(args.hidden)}
+    net_args = {
+        "channels": list(args.channels),
+        "hidden": list(args.hidden),
+        "conv_norm": args.conv_norm,
+    }
     G, T, N = len(games), args.rollout, args.lanes
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed)  # explores, draws and seeds the emulators

@@ -107,15 +107,17 @@ class AtariNet(nn.Module):
 
     obs (B, 4, 84, 84) uint8 -> scores (B, 18), features (B, F), the activations that feed the
     output layer. Scores are Q-values in an expert and in transfer, and logits in the mimic.
+    conv_norm: LayerNorm after the convolutions, too, not after the linear layers alone.
     """
 
-    def __init__(self, channels=(32, 64, 64), hidden=(512,)):
+    def __init__(self, channels=(32, 64, 64), hidden=(512,), conv_norm=True):
         super().__init__()
         layers, width, size = [], 4, 84
         for out, kernel, stride in zip(channels, (8, 4, 3, 3), (4, 2, 1, 1)):
             # One group: LayerNorm over channels and positions (paper: none). In short runs
             # experts without it were ahead in Breakout and behind in Seaquest.
-            layers += [nn.Conv2d(width, out, kernel, stride), nn.GroupNorm(1, out), nn.ReLU()]
+            norm = nn.GroupNorm(1, out) if conv_norm else nn.Identity()
+            layers += [nn.Conv2d(width, out, kernel, stride), norm, nn.ReLU()]
             width, size = out, (size - kernel) // stride + 1
         layers.append(nn.Flatten())
         width *= size * size
@@ -183,13 +185,13 @@ def td_loss(q_values, actions, targets):
 
 @torch.no_grad()
 def rescale(net, fresh):
-    """Give net's layers the size of those of fresh, an AtariNet of the same widths, in place.
+    """Give the layers that LayerNorm follows the size of those of fresh, an AtariNet like net.
 
     A mimic's weights have grown, 1.5 to 15 times, so the optimizer's steps would turn them slowly.
-    LayerNorm cancels a layer's size, and the mimic's head the last LayerNorm's: its scores stay.
+    LayerNorm cancels that size, and the mimic's head the last LayerNorm's: its scores stay.
     """
-    for layer, new in zip(net.body, fresh.body):
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) or layer is net.body[-2]:  # the last LayerNorm
+    for layer, after, new in zip(net.body, net.body[1:], fresh.body):
+        if isinstance(after, (nn.GroupNorm, nn.LayerNorm)) or layer is net.body[-2]:  # the last one
             factor = new.weight.norm() / layer.weight.norm()
             layer.weight *= factor
             layer.bias *= factor

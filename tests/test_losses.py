@@ -15,6 +15,7 @@ from train_expert import (
     td_loss,
 )
 from train_mimic import feature_loss, policy_loss, q_loss, q_spread
+from transfer import rescale
 
 
 def test_q_lambda_targets_are_the_weighted_sum_of_n_step_returns():
@@ -144,17 +145,35 @@ def test_greedy_value_ignores_illegal_actions():
     assert greedy_value(torch.tensor([[1.0, 9.0, 2.0]]), legal).tolist() == [2.0]
 
 
+@pytest.mark.parametrize("conv_norm", [True, False])
 @pytest.mark.parametrize(
     "channels, hidden, parameters",
     [((32, 64, 64), (512,), 1_693_362), ((256, 512, 512, 512), (2048, 1024), 35_216_146)],
 )
-def test_network_has_the_papers_size(channels, hidden, parameters):
-    net = AtariNet(channels, hidden)
-    norms = 2 * (sum(channels) + sum(hidden))  # a scale and a shift: what LayerNorm adds
+def test_network_has_the_papers_size(channels, hidden, parameters, conv_norm):
+    net = AtariNet(channels, hidden, conv_norm)
+    # A scale and a shift: what LayerNorm adds.
+    norms = 2 * (sum(channels) * conv_norm + sum(hidden))
     assert sum(p.numel() for p in net.parameters()) == parameters + norms
     scores, features = net(torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8))
     assert scores.shape == (2, 18) and features.shape == (2, hidden[-1]) and (features >= 0).all()
     assert (scores.std(1) > 0).all()  # of equal ones argmax would take the no-op for ever
+
+
+@pytest.mark.parametrize("conv_norm", [True, False])
+def test_rescaled_layers_have_the_size_of_new_ones_and_give_the_same_scores(conv_norm):
+    net, fresh = (AtariNet((4, 8, 8), (16, 16), conv_norm) for _ in range(2))
+    with torch.no_grad():
+        for weight in net.parameters():  # as if trained: larger, each by another factor
+            weight.add_(torch.randn_like(weight), alpha=weight.std().item() + 0.1)
+    obs = torch.randint(256, (8, 4, 84, 84), dtype=torch.uint8)
+    before, _ = net(obs)
+    rescale(net, fresh)
+    after, _ = net(obs)
+    torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
+    for layer, new in zip(net.body, fresh.body, strict=True):
+        if isinstance(layer, torch.nn.Linear) or conv_norm and isinstance(layer, torch.nn.Conv2d):
+            torch.testing.assert_close(layer.weight.norm(), new.weight.norm())
 
 
 def test_screens_converted_before_the_division_give_the_same_features():

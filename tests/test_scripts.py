@@ -340,6 +340,23 @@ def test_transfer_starts_from_the_mimic_and_the_control_does_not(copy):
     assert new["net_args"] == control["net_args"] == kept["net_args"]
 
 
+def test_mimic_without_norms_after_its_convolutions_goes_on_and_starts_a_transfer(copy):
+    plain = MIMIC + " --no-conv-norm --out runs/plain"
+    run(copy, plain.replace("--steps 320", "--steps 32"))
+    run(copy, plain)
+    refused(copy, MIMIC + " --out runs/plain", "--conv-norm")
+    run(copy, TRANSFER.replace("runs/mimic", "runs/plain"))
+    run(copy, "evaluate.py --runs runs/plain --games 0 --gif --name plain")
+    mimic, transfer = (
+        load_checkpoint(copy / "runs" / name, (stage,))
+        for name, stage in (("plain", "mimic"), ("transfer-breakout-mimic-s1", "transfer"))
+    )
+    assert mimic["net_args"] == transfer["net_args"] and not mimic["net_args"]["conv_norm"]
+    assert mimic["net"].keys() == transfer["net"].keys()
+    # The biases of four layers, and the scale and shift of LayerNorm after the linear one.
+    assert sum(weight.dim() == 1 for weight in mimic["net"].values()) == 4 + 2
+
+
 def test_transfer_to_a_source_game_is_a_warning(copy):
     assert "warning" in run(copy, TRANSFER.replace("breakout", "pong"))
 
