@@ -43,7 +43,7 @@ class Args:
     out: str = "runs/mimic"  # folder of the run
     channels: tuple = (32, 64, 64)  # convolutions: kernels 8, 4, 3, 3 with strides 4, 2, 1, 1
     hidden: tuple = (512,)  # fully connected layers
-    conv_norm: bool = True  # LayerNorm after convolutions, too; off: Enduro slower (paper: none)
+    conv_norm: bool = True  # LayerNorm after convolutions, too; off: behind in Enduro (paper: none)
     objective: str = "policy"  # policy, or q: squared error on Q-values (no temperature)
     temperature: float = 0.3  # of the experts' softmax, in units of q_spread (paper: 1, plain)
     feature_weight: float = 0.1  # of feature regression; 0: none (paper: 0, and 0.01)
@@ -113,7 +113,7 @@ class AtariNet(nn.Module):
 
     obs (B, 4, 84, 84) uint8 -> scores (B, 18), features (B, F), the activations that feed the
     output layer. Scores are Q-values in an expert and in transfer, and logits in the mimic.
-    conv_norm: LayerNorm after the convolutions, too, not after the linear layers alone.
+    conv_norm: whether LayerNorm follows the convolutions, too, or the linear layers alone.
     """
 
     def __init__(self, channels=(32, 64, 64), hidden=(512,), conv_norm=True):

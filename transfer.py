@@ -107,7 +107,7 @@ class AtariNet(nn.Module):
 
     obs (B, 4, 84, 84) uint8 -> scores (B, 18), features (B, F), the activations that feed the
     output layer. Scores are Q-values in an expert and in transfer, and logits in the mimic.
-    conv_norm: LayerNorm after the convolutions, too, not after the linear layers alone.
+    conv_norm: whether LayerNorm follows the convolutions, too, or the linear layers alone.
     """
 
     def __init__(self, channels=(32, 64, 64), hidden=(512,), conv_norm=True):

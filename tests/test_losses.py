@@ -162,6 +162,7 @@ def test_network_has_the_papers_size(channels, hidden, parameters, conv_norm):
 
 @pytest.mark.parametrize("conv_norm", [True, False])
 def test_rescaled_layers_have_the_size_of_new_ones_and_give_the_same_scores(conv_norm):
+    torch.manual_seed(0)
     net, fresh = (AtariNet((4, 8, 8), (16, 16), conv_norm) for _ in range(2))
     with torch.no_grad():
         for weight in net.parameters():  # as if trained: larger, each by another factor

@@ -1145,6 +1145,23 @@ def test_the_table_of_ablations_says_what_its_file_holds():
     assert len(table) >= 10
 
 
+def test_the_table_of_other_lengths_says_what_its_files_hold():
+    text = (ROOT / "results/README.md").read_text().split("### Other lengths and flags")[1]
+    lines = re.findall(r"^\| `--.* \|$", text.split("\n### ")[0], re.M)
+    for line in lines:
+        percents = {}  # {network: {game: per cent of the expert}}
+        for row in rows(ROOT / "results" / re.search(r"\]\((.*?\.csv)\)", line)[1]):
+            percents.setdefault(row["network"], {})[row["game"]] = float(row["% expert"])
+        seeds = [by_game for by_game in percents.values() if len(by_game) == 8]
+        assert len(seeds) == 1 + ("two seeds" in line), line
+        means = {game: sum(seed[game] for seed in seeds) / len(seeds) for game in PAPER}
+        median, *cells = (cell.removesuffix(" %") for cell in line.strip("| ").split(" | ")[2:6])
+        assert agrees(median, statistics.median(means.values())), line
+        for game, cell in zip(("breakout", "seaquest", "space_invaders"), cells, strict=True):
+            assert agrees(cell, means[game]), (line, game)
+    assert len(lines) >= 8
+
+
 def test_the_table_of_numbers_of_games_says_what_its_file_holds():
     text = (ROOT / "results/README.md").read_text()
     percents = {}  # {number of games: {game: per cent of the expert, of each seed}}
