@@ -2,11 +2,10 @@
 
 The paper's experts are DQNs. This is the same Q-learning in the form that suits today's machines
 (PQN: Gallici et al., 2025, arXiv 2407.04811): many emulators side by side stand in for the replay
-buffer, and Q(lambda) returns look several steps ahead. DQN's target network is a moving average.
+buffer, Q(lambda) returns look several steps ahead, and the target network is a moving average.
 
     python train_expert.py --game pong --steps 50_000 --out runs/try-expert  # a minute
     python train_expert.py --game atlantis  # two cores: 15 minutes, 60,000 points
-    python train_expert.py --game pong --steps 25_000_000  # the paper's Figure 1: 4 hours or more
 
 Output: the folder --out with checkpoint.pt (the same command goes on from it), log.csv, and
 expert.pt, the weights alone in half precision. In experts/ are such files, of stage 1.
@@ -35,7 +34,7 @@ FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # the emulator refuses 
 @dataclass(frozen=True)
 class Args:
     game: str = "pong"  # ROM name, as ale-py spells it
-    steps: int = 1_200_000  # decisions over all lanes, 4 frames each (paper: 25M; transfer 10M)
+    steps: int = 1_200_000  # decisions over all lanes, 4 frames each (paper: 25M)
     seed: int = 1  # of the weights, exploration, shuffling and emulators
     out: str = ""  # folder of the run (empty: runs/expert-<game>)
     channels: tuple = (16, 32, 32)  # kernels 8, 4, 3, 3, strides 4, 2, 1, 1 (paper: 32 64 64)
@@ -236,10 +235,15 @@ def main(args):
             **more,
         )
 
+    @torch.inference_mode()
+    def q_values_of(obs):  # (N, 4, 84, 84) -> (N, 18), on the CPU
+        with autocast:
+            return target(obs.to(device))[0].cpu()
+
     envs = make_envs(args.game, N)
     obs, info = envs.reset(seed=torch.randint(2**31 - 1, (N,), generator=rng).numpy())
     frame, returns = info["episode_frame_number"], np.zeros(N)
-    stop, start, next_report = common.Stop(), step, step
+    stop_asked, start, next_report = common.Stop(), step, step
 
     while step < args.steps:
         # Where games are equally long, lanes begun together stay in step, and a rollout would
@@ -254,8 +258,7 @@ def main(args):
         epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * explored)
         for t in range(T):
             obs_buffer[t] = torch.from_numpy(obs).permute(0, 2, 3, 1)
-            with torch.inference_mode(), autocast:
-                q_values = target(obs_buffer[t].permute(0, 3, 1, 2))[0].cpu()
+            q_values = q_values_of(obs_buffer[t].permute(0, 3, 1, 2))
             values[t] = greedy_value(q_values, legal)
             actions[t] = act(q_values, legal, epsilon, rng)
 
@@ -269,15 +272,12 @@ def main(args):
             if truncated.any():
                 # A time limit ends the game, but not the return: add the value of what it cut off.
                 cut = torch.from_numpy(truncated & ~terminated)
-                with torch.inference_mode(), autocast:
-                    q_values = target(torch.from_numpy(info["final_obs"]).to(device))[0].cpu()
-                rewards[t, cut] += args.gamma * greedy_value(q_values, legal)[cut]
+                final_q = q_values_of(torch.from_numpy(info["final_obs"]))
+                rewards[t, cut] += args.gamma * greedy_value(final_q, legal)[cut]
             returns += reward
             scores.extend(returns[game_over].tolist())
             returns[game_over] = 0
-        with torch.inference_mode(), autocast:
-            q_values = target(torch.from_numpy(obs).to(device))[0].cpu()
-        values[T] = greedy_value(q_values, legal)
+        values[T] = greedy_value(q_values_of(torch.from_numpy(obs)), legal)
 
         # Learn from them. The rate is constant and then falls; more --steps make it rise again.
         targets = q_lambda_targets(rewards, stops, values, args.gamma, args.lam).flatten()
@@ -304,7 +304,7 @@ def main(args):
         common.check_finite(loss + grad_norm, step, out)
 
         # Once in a while: look, save, report.
-        if step >= min(next_report, args.steps) or stop:
+        if step >= min(next_report, args.steps) or stop_asked:
             # First after 1, 2, 4 ... rounds, so that the time left is soon known.
             regular = (step // args.report_every + 1) * args.report_every
             next_report = min(2 * step - start, regular)
@@ -330,7 +330,7 @@ def main(args):
             log.write(step, row)
             text = f"max Q {row['max_q']:.2f}  TD {row['td_loss']:.4f}"
             log.line(step, args.steps, f"score {common.mean(scores):.1f}  {text}")
-            if stop and step < args.steps:
+            if stop_asked and step < args.steps:
                 print(f"saved; the same command goes on from step {step:,}")
                 raise SystemExit(130)  # ended by Ctrl-C: what follows it after && does not start
 

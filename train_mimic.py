@@ -12,8 +12,8 @@ features from which the expert's can be read off (feature regression).
                                                            # hours without; 98 % of its expert in
                                                            # the median game
     python train_mimic.py --actor student --feature-weight 0 --steps 25_000_000 --out runs/paper
-                                                           # the paper's length, player and loss:
-                                                           # 35 hours to 8 days
+                                                           # the paper's length and player, policies
+                                                           # alone: 35 hours to 8 days
 
 Output: runs/mimic/ with checkpoint.pt (the same command goes on from it), log.csv, and mimic.pt,
 the student's weights alone in half precision. Those in mimics/ are such files.
@@ -328,7 +328,7 @@ def main(args):
     age, returns = torch.zeros((G, N), dtype=torch.int64), np.zeros((G, N))
     game_over = np.ones((G, N), dtype=bool)  # a game begins in every lane
     student_plays = np.zeros((G, N), dtype=bool)  # decided where one begins
-    stop, start, next_report = common.Stop(), step, step
+    stop_asked, start, next_report = common.Stop(), step, step
 
     while step < args.steps:
         # Play T steps on all lanes of all games. The share is that of the lanes which the student
@@ -420,7 +420,7 @@ def main(args):
         common.check_finite(loss + grad_norm, step, out)
 
         # Once in a while: look, save, report.
-        if step >= min(next_report, args.steps) or stop:
+        if step >= min(next_report, args.steps) or stop_asked:
             # First after 1, 2, 4 ... rounds, so that the time left is soon known.
             regular = (step // args.report_every + 1) * args.report_every
             next_report = min(2 * step - start, regular)
@@ -453,7 +453,7 @@ def main(args):
             percents = percents.replace("nan %", "-")  # no score yet, or the expert's is 0
             loss = (means[:, 0] + args.feature_weight * means[:, 1]).mean()  # over the round
             log.line(step, args.steps, f"loss {loss:.3f}  {percents}")
-            if stop and step < args.steps:
+            if stop_asked and step < args.steps:
                 print(f"saved; the same command goes on from step {step:,}")
                 raise SystemExit(130)  # ended by Ctrl-C: what follows it after && does not start
 

@@ -4,8 +4,8 @@ Section 3.4 of the paper: train_expert.py with a network of the mimic's widths. 
 are the mimic's, rescaled, with a new output layer; the control's are random. All else is equal.
 
     python transfer.py --steps 50_000 --out runs/try-transfer  # a minute or two
-    python transfer.py --steps 400_000  # two cores: 5 to 15 minutes, 25 points in training
-    python transfer.py --steps 400_000 --arm control  # what it is measured against: 13 points
+    python transfer.py  # two cores: 5 to 15 minutes, 25 points in training
+    python transfer.py --arm control  # what it is measured against: 13 points
 
 Output: the folder --out with checkpoint.pt (the same command goes on from it), log.csv, and
 expert.pt, the weights alone in half precision. In experts/ are such files, of stage 1.
@@ -37,7 +37,7 @@ class Args:
     mimic: str = "mimics/without-breakout.pt"  # of train_mimic.py; gives both arms their widths
     arm: str = "mimic"  # mimic, or control: the same network with random first weights
     keep_head: bool = False  # keep the output layer, too (paper: yes); logits are no Q-values
-    steps: int = 1_200_000  # decisions over all lanes, 4 frames each (paper: 25M; transfer 10M)
+    steps: int = 400_000  # decisions over all lanes, 4 frames each (paper: 10M)
     seed: int = 1  # of the weights, exploration, shuffling and emulators
     out: str = ""  # folder of the run (empty: runs/transfer-<game>-<arm>-s<seed>)
     lanes: int = 32  # emulators side by side (paper: 1)
@@ -185,10 +185,10 @@ def td_loss(q_values, actions, targets):
 
 @torch.no_grad()
 def rescale(net, fresh):
-    """Give the layers that LayerNorm follows the size of those of fresh, an AtariNet like net.
+    """Give net's layers that LayerNorm follows, and its last LayerNorm, the size of fresh's.
 
     A mimic's weights have grown, 1.5 to 15 times, so the optimizer's steps would turn them slowly.
-    LayerNorm cancels that size, and the mimic's head the last LayerNorm's: its scores stay.
+    LayerNorm cancels the layers' size, and the head makes up for its own: the scores stay.
     """
     for layer, after, new in zip(net.body, net.body[1:], fresh.body):
         if isinstance(after, (nn.GroupNorm, nn.LayerNorm)) or layer is net.body[-2]:  # the last one
@@ -260,10 +260,15 @@ def main(args):
             **more,
         )
 
+    @torch.inference_mode()
+    def q_values_of(obs):  # (N, 4, 84, 84) -> (N, 18), on the CPU
+        with autocast:
+            return target(obs.to(device))[0].cpu()
+
     envs = make_envs(args.game, N)
     obs, info = envs.reset(seed=torch.randint(2**31 - 1, (N,), generator=rng).numpy())
     frame, returns = info["episode_frame_number"], np.zeros(N)
-    stop, start, next_report = common.Stop(), step, step
+    stop_asked, start, next_report = common.Stop(), step, step
 
     while step < args.steps:
         # Where games are equally long, lanes begun together stay in step, and a rollout would
@@ -278,8 +283,7 @@ def main(args):
         epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * explored)
         for t in range(T):
             obs_buffer[t] = torch.from_numpy(obs).permute(0, 2, 3, 1)
-            with torch.inference_mode(), autocast:
-                q_values = target(obs_buffer[t].permute(0, 3, 1, 2))[0].cpu()
+            q_values = q_values_of(obs_buffer[t].permute(0, 3, 1, 2))
             values[t] = greedy_value(q_values, legal)
             actions[t] = act(q_values, legal, epsilon, rng)
 
@@ -293,15 +297,12 @@ def main(args):
             if truncated.any():
                 # A time limit ends the game, but not the return: add the value of what it cut off.
                 cut = torch.from_numpy(truncated & ~terminated)
-                with torch.inference_mode(), autocast:
-                    q_values = target(torch.from_numpy(info["final_obs"]).to(device))[0].cpu()
-                rewards[t, cut] += args.gamma * greedy_value(q_values, legal)[cut]
+                final_q = q_values_of(torch.from_numpy(info["final_obs"]))
+                rewards[t, cut] += args.gamma * greedy_value(final_q, legal)[cut]
             returns += reward
             scores.extend(returns[game_over].tolist())
             returns[game_over] = 0
-        with torch.inference_mode(), autocast:
-            q_values = target(torch.from_numpy(obs).to(device))[0].cpu()
-        values[T] = greedy_value(q_values, legal)
+        values[T] = greedy_value(q_values_of(torch.from_numpy(obs)), legal)
 
         # Learn from them. The rate is constant and then falls; more --steps make it rise again.
         targets = q_lambda_targets(rewards, stops, values, args.gamma, args.lam).flatten()
@@ -328,7 +329,7 @@ def main(args):
         common.check_finite(loss + grad_norm, step, out)
 
         # Once in a while: look, save, report.
-        if step >= min(next_report, args.steps) or stop:
+        if step >= min(next_report, args.steps) or stop_asked:
             # First after 1, 2, 4 ... rounds, so that the time left is soon known.
             regular = (step // args.report_every + 1) * args.report_every
             next_report = min(2 * step - start, regular)
@@ -354,7 +355,7 @@ def main(args):
             log.write(step, row)
             text = f"max Q {row['max_q']:.2f}  TD {row['td_loss']:.4f}"
             log.line(step, args.steps, f"score {common.mean(scores):.1f}  {text}")
-            if stop and step < args.steps:
+            if stop_asked and step < args.steps:
                 print(f"saved; the same command goes on from step {step:,}")
                 raise SystemExit(130)  # ended by Ctrl-C: what follows it after && does not start
 

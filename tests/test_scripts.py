@@ -1055,7 +1055,8 @@ def table_line(text, game):
 
 
 def test_the_tables_of_the_readme_say_what_the_files_in_results_hold():
-    mimics, experts = (ROOT / "README.md").read_text().split("## The files")
+    mimics, rest = (ROOT / "README.md").read_text().split("## The files")
+    experts = rest.split("\n**2. ")[0]
     table = [row for row in rows(ROOT / "results/mimic.csv") if "mimic-s" in row["network"]]
     for game, (paper_expert, paper_amn) in PAPER.items():
         seeds = [row for row in table if row["game"] == game]
@@ -1081,8 +1082,18 @@ def test_the_tables_of_the_readme_say_what_the_files_in_results_hold():
 
 def test_what_the_readmes_say_of_transfer_is_in_its_files(capsys):
     print_curves(group_curves(sorted((ROOT / "results").glob("transfer-*.csv"))))
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 10 and printed in (ROOT / "README.md").read_text()
+    number, interval = r"(-?[\d.]+)", r"(?: \(95 % interval ([\d.]+) to ([\d.]+)\))?"
+    line = rf"(\w+), .*-(mimic|control).*: {number}{interval} over the run, {number}{interval} at"
+    printed = {(game, arm): said for game, arm, *said in re.findall(line, capsys.readouterr().out)}
+    table = (ROOT / "README.md").read_text().split("| 400,000 steps |")[1]
+    for game in {game for game, _ in printed}:
+        seeds, *cells = table_line(table, game)
+        assert seeds == ("3" if printed[game, "mimic"][1] else "1")
+        for arm, written in (("mimic", cells[::2]), ("control", cells[1::2])):
+            written = re.findall(r"[\d.,]+", " ".join(written))
+            said = [said for said in printed[game, arm] if said]
+            assert len(written) == len(said) and all(map(agrees, written, said)), (game, arm)
+    assert len(printed) == 10
     text = (ROOT / "results/README.md").read_text().split("## Transfer")[1].split("\n\n")[2]
     written = [line.split("|")[3:-1] for line in text.split("\n")[2:]]
     starts = {}  # {how the weights begin: {game: row}}
