@@ -43,7 +43,7 @@ class Args:
     out: str = "runs/mimic"  # folder of the run
     channels: tuple = (32, 64, 64)  # convolutions: kernels 8, 4, 3, 3 with strides 4, 2, 1, 1
     hidden: tuple = (512,)  # fully connected layers
-    conv_norm: bool = True  # LayerNorm after convolutions, too (paper: none); off: less in Seaquest
+    conv_norm: bool = True  # LayerNorm after convolutions (paper: none); off: behind in Seaquest
     objective: str = "policy"  # policy, or q: squared error on Q-values (no temperature)
     temperature: float = 0.3  # of the experts' softmax, in units of q_spread (paper: 1, plain)
     feature_weight: float = 0.1  # of feature regression; 0: none (paper: 0, and 0.01)

@@ -522,6 +522,13 @@ def test_same_command_goes_on_and_steps_may_grow(copy, command):
     )
 
 
+def test_a_run_goes_on_with_another_interval_between_reports(copy):
+    command = EXPERT + " --game pong --out runs/one"
+    run(copy, command.replace("--steps 320", "--steps 32"))
+    assert "goes on at step 32" in run(copy, command + " --report-every 160")
+    assert [int(row["step"]) for row in rows(copy / "runs/one/log.csv")][-3:] == [160, 288, 320]
+
+
 def test_expert_goes_on_from_its_weights_alone(copy):
     (copy / "runs/more").mkdir()
     shutil.copy(copy / "runs/expert-pong/expert.pt", copy / "runs/more/checkpoint.pt")
