@@ -453,7 +453,7 @@ class Log:
             f"{self.path.parent} {goes_on} of {args.steps:,} (x4 = {4 * args.steps:,} frames); "
             f"{parameters:,} parameters in {'bfloat16' if autocast._enabled else 'float32'} "
             f"on {device}; {buffer_bytes / 1e6:,.0f} MB of observations; "
-            "speed and time left follow with the second report",
+            "now the emulators start; speed and time left follow with the second report",
             flush=True,
         )
 

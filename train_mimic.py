@@ -3,8 +3,8 @@
 Section 3 of the paper. In each game the student takes over from the expert, emulator by emulator,
 in the course of the run (paper: it plays from the start, as with --actor student). On each picture
 that comes up, that game's expert says how good every action is (Q-values). A softmax turns this
-into a policy, and the student learns to hold the same policy (policy regression) and, if wanted,
-features from which the expert's can be read off (feature regression).
+into a policy, and the student learns to hold the same policy (policy regression) and features from
+which the expert's can be read off (feature regression; --feature-weight 0 leaves it out).
 
     python train_mimic.py --steps 10_000 --out runs/try-mimic  # 1 to 5 minutes
     python train_mimic.py                                  # all of experts/: 40 to 90 minutes on
