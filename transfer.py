@@ -1,10 +1,10 @@
 """Stage 3 of Actor-Mimic: start a new game from the mimic's weights.
 
-Section 3.4 of the paper: train_expert.py with a network of the mimic's widths. Its first weights
-are the mimic's, rescaled, with a new output layer; the control's are random. All else is equal.
+Section 3.4 of the paper: train_expert.py from a mimic's weights, rescaled, with a new output layer
+and LayerNorm before it. The control starts from random ones of the same widths; all else is equal.
 
     python transfer.py --steps 50_000 --out runs/try-transfer  # a minute or two
-    python transfer.py  # two cores: 5 to 15 minutes, 25 points in training
+    python transfer.py  # two cores: 5 to 15 minutes, 24 points in training
     python transfer.py --arm control  # what it is measured against: 13 points
 
 Output: the folder --out with checkpoint.pt (the same command goes on from it), log.csv, and
@@ -36,7 +36,7 @@ class Args:
     game: str = "breakout"  # ROM name, as ale-py spells it
     mimic: str = "mimics/without-breakout.pt"  # of train_mimic.py; gives both arms their widths
     arm: str = "mimic"  # mimic, or control: the same network with random first weights
-    keep_head: bool = False  # keep the output layer, too (paper: yes); logits are no Q-values
+    keep_head: bool = False  # keep the output layer (paper: yes) and the norm before it
     steps: int = 400_000  # decisions over all lanes, 4 frames each (paper: 10M)
     seed: int = 1  # of the weights, exploration, shuffling and emulators
     out: str = ""  # folder of the run (empty: runs/transfer-<game>-<arm>-s<seed>)
@@ -185,17 +185,16 @@ def td_loss(q_values, actions, targets):
 
 @torch.no_grad()
 def rescale(net, fresh):
-    """Give net's layers that LayerNorm follows, and its last LayerNorm, the size of fresh's.
+    """Give net's layers that LayerNorm follows the size of fresh's.
 
-    A mimic's weights have grown, 1.5 to 15 times, so the optimizer's steps would turn them slowly.
-    LayerNorm cancels the layers' size, and the head makes up for its own: the scores stay.
+    LayerNorm cancels the size, so no output changes. But a mimic's weights have grown, 1.5 to 15
+    times, and the optimizer's steps, which have not, would turn them slowly.
     """
     for layer, after, new in zip(net.body, net.body[1:], fresh.body):
-        if isinstance(after, (nn.GroupNorm, nn.LayerNorm)) or layer is net.body[-2]:  # the last one
+        if isinstance(after, (nn.GroupNorm, nn.LayerNorm)):
             factor = new.weight.norm() / layer.weight.norm()
             layer.weight *= factor
             layer.bias *= factor
-    net.head.weight /= factor  # now of the last LayerNorm
 
 
 def main(args):
@@ -217,7 +216,8 @@ def main(args):
         common.load_weights(net, mimic, args.mimic)
         rescale(net, fresh)
         if not args.keep_head:
-            net.head = fresh.head
+            # Logits are no Q-values; under the mimic's last norm many features may stay at 0.
+            net.body[-2], net.head = fresh.body[-2], fresh.head
     # Paper: a copy made every 10,000 steps, which gives targets only. Here the moving average of
     # net's weights, which also plays, and is what is saved.
     target = copy.deepcopy(net)

@@ -319,24 +319,25 @@ def test_transfer_starts_from_the_mimic_and_the_control_does_not(copy):
         run(copy, f"{frozen} --arm {start}")
     scores, features, before = outputs(copy / "runs/mimic")
     kept_scores, kept_features, kept_sizes = outputs(copy / "runs/kept")
-    new_scores, new_features, new_sizes = outputs(copy / "runs/transfer-breakout-mimic-s1")
-    _, control_features, sizes = outputs(copy / "runs/transfer-breakout-control-s1")
-    # Layers have the control's size, and yet the features are the mimic's but for one factor.
+    _, _, new_sizes = outputs(copy / "runs/transfer-breakout-mimic-s1")
+    _, _, sizes = outputs(copy / "runs/transfer-breakout-control-s1")
+    # Layers have the control's size, and yet features and scores may stay the mimic's.
     assert kept_sizes == new_sizes == pytest.approx(sizes, rel=1e-5)
     assert before != pytest.approx(sizes, rel=1e-5)
     assert torch.allclose(kept_scores, scores, atol=1e-3)
-    assert torch.equal(kept_features, new_features)
-    factor = kept_features.norm() / features.norm()
-    assert torch.allclose(kept_features, factor * features, atol=1e-3)
-    assert not torch.allclose(control_features, new_features, atol=1e-2)
-    # The output layer is the control's, unless it is kept, and so are the widths.
+    assert torch.allclose(kept_features, features, atol=1e-3)
+    # The last LayerNorm and the output layer are the control's, unless they are kept; all before
+    # is the mimic's, and the widths are the same.
     new, control, kept = (
         load_checkpoint(copy / f"runs/{name}", ("transfer",))
         for name in ("transfer-breakout-mimic-s1", "transfer-breakout-control-s1", "kept")
     )
-    for name in ("head.weight", "head.bias"):
-        torch.testing.assert_close(new["net"][name], control["net"][name], atol=1e-6, rtol=0)
-    assert not torch.allclose(kept["net"]["head.weight"], control["net"]["head.weight"], atol=1e-3)
+    *body, norm, norm_bias, head, head_bias = list(new["net"])
+    for name in new["net"]:
+        source = kept if name in body else control
+        torch.testing.assert_close(new["net"][name], source["net"][name], atol=1e-6, rtol=0)
+    for name in (body[0], norm, norm_bias, head, head_bias):
+        assert not torch.allclose(kept["net"][name], control["net"][name], atol=1e-3)
     assert new["net_args"] == control["net_args"] == kept["net_args"]
 
 
@@ -1106,7 +1107,8 @@ def test_what_the_readmes_say_of_transfer_is_in_its_files(capsys):
     starts = {}  # {how the weights begin: {game: row}}
     for row in rows(ROOT / "results/transfer_recipe.csv"):
         starts.setdefault(row["start"], {})[row["game"]] = row
-    for start, arm in (("random weights", "control"), ("rescaled, a new output layer", "mimic")):
+    default = "rescaled, a new last LayerNorm and output layer"
+    for start, arm in (("random weights", "control"), (default, "mimic")):
         log = read_log(ROOT / f"results/transfer-breakout-{arm}-s1.csv")
         row, scores = starts[start]["breakout"], log["breakout_score"]
         assert agrees(row["score"], scores[-1]) and float(row["steps"]) == log["step"][-1]
@@ -1118,6 +1120,31 @@ def test_what_the_readmes_say_of_transfer_is_in_its_files(capsys):
             if game in by_game:
                 assert agrees(over.strip(), by_game[game]["mean_over_run"]), (game, over)
                 assert agrees(end.strip(), by_game[game]["score"]), (game, end)
+
+
+def test_the_table_of_the_last_norm_says_what_its_file_holds():
+    text = (ROOT / "results/README.md").read_text().split("### A new last LayerNorm")[1]
+    table = text.split("\n### ")[0]
+    games = {}  # {game: {whose LayerNorm: rows}}
+    for row in rows(ROOT / "results/transfer_last_norm.csv"):
+        games.setdefault(row["game"], {}).setdefault(row["last_norm"], []).append(row)
+        log = ROOT / f"results/transfer-{row['game']}-mimic-s{row['seed']}.csv"
+        if row["last_norm"] == "new" and float(row["steps"]) > 200_000:
+            log = read_log(log)
+            scores = log[f"{row['game']}_score"]
+            assert agrees(row["mean_over_run"], mean_over_run(log["step"], scores)), row
+            assert agrees(row["score"], scores[-1]) and agrees(row["dead"], log["dead"][-1]), row
+    for game, norms in games.items():
+        steps, seeds, *cells = table_line(table, game)
+        kept, new = norms["the mimic's"], norms["new"]
+        assert len(kept) == len(new) == int(seeds)
+        for row in kept + new:
+            assert abs(float(row["steps"]) - float(steps.replace(",", ""))) < 1024
+        wanted = []
+        for column, scale in (("mean_over_run", 1), ("score", 1), ("dead", 100)):
+            for each in (kept, new):
+                wanted.append(scale * sum(float(row[column]) for row in each) / len(each))
+        assert len(cells) == 6 and all(map(agrees, cells, wanted)), game
 
 
 def test_the_table_of_the_experts_choices_says_what_its_file_holds():
