@@ -216,7 +216,7 @@ def main(args):
         common.load_weights(net, mimic, args.mimic)
         rescale(net, fresh)
         if not args.keep_head:
-            # Logits are no Q-values; under the mimic's last norm many features may stay at 0.
+            # The mimic's logits are no Q-values; under its last norm, body[-2], features may die.
             net.body[-2], net.head = fresh.body[-2], fresh.head
     # Paper: a copy made every 10,000 steps, which gives targets only. Here the moving average of
     # net's weights, which also plays, and is what is saved.

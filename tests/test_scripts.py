@@ -1128,9 +1128,8 @@ def test_the_table_of_the_last_norm_says_what_its_file_holds():
     games = {}  # {game: {whose LayerNorm: rows}}
     for row in rows(ROOT / "results/transfer_last_norm.csv"):
         games.setdefault(row["game"], {}).setdefault(row["last_norm"], []).append(row)
-        log = ROOT / f"results/transfer-{row['game']}-mimic-s{row['seed']}.csv"
-        if row["last_norm"] == "new" and float(row["steps"]) > 200_000:
-            log = read_log(log)
+        if row["last_norm"] == "new" and float(row["steps"]) > 200_000:  # those logs are included
+            log = read_log(ROOT / f"results/transfer-{row['game']}-mimic-s{row['seed']}.csv")
             scores = log[f"{row['game']}_score"]
             assert agrees(row["mean_over_run"], mean_over_run(log["step"], scores)), row
             assert agrees(row["score"], scores[-1]) and agrees(row["dead"], log["dead"][-1]), row
