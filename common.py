@@ -1,4 +1,4 @@
-"""Plumbing that would serve any training script: command line, checkpoint, log, device, Ctrl-C.
+"""Plumbing that would serve any training script: command line, device, checkpoint, log, Ctrl-C.
 
 A checkpoint is one plain dict, written by `torch.save` and read with `weights_only=True`:
 
@@ -9,36 +9,63 @@ A checkpoint is one plain dict, written by `torch.save` and read with `weights_o
     minutes     wall time so far
     args        the flags of the run
     command     the command line, and `machine`, where it ran
-    net_args    {"channels": [...], "hidden": [...]}: widths, and of a mimic conv_norm (older: true)
-    net         its state_dict; half precision in what ships: expert.pt, mimic.pt
-    online      expert, transfer: the weights that learn, of which net is the moving average (not in
-                what ships)
-    optimizer   its state_dict (not in what ships)
-    rng         state of the generator that explores and draws (not in what ships)
-    score       mean score of the last finished games, and `scores`, each of them (mimic: per game)
+    network     name of the network's class, in the script of its stage
+    net_args    {"channels": [...], "hidden": [...], "norm": "all", "linear" or "none"}
+    net         its state_dict; in expert.pt and mimic.pt in half precision
+    score       mean score of the last finished episodes, and `scores`, each (mimic: of each game)
     legal       expert, transfer: the game's legal actions, of 18 (for the reader, as max_q)
     max_q       expert, transfer: mean over the last rollout of max_a Q(s, a)
-    regressors  mimic: state_dict of the linear maps of feature regression (not in what ships)
     experts     mimic: paths of its experts, and `marks`, step and minutes of each
+
+and in checkpoint.pt alone, which a run resumes from:
+
+    online      expert, transfer: the weights that learn, of which net is the moving average
+    regressors  mimic: state_dict of the linear maps of feature regression
+    optimizer   its state_dict
+    rng         state of the generator that explores and draws
 """
 
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
 import difflib
+import glob
 import inspect
 import io
 import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
+import threading
 import time
 import zipfile
+from importlib import metadata
 from pathlib import Path
+
+
+def check_packages():
+    """Stop in one line if a package is missing, or if ale-py is too old, which hangs or crashes."""
+    for package in ("torch", "gymnasium", "ale-py", "numpy", "matplotlib"):
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found = "none"
+        older = package == "ale-py" and [int(n) for n in re.findall(r"\d+", found)] < [0, 12, 1]
+        if found == "none" or older:
+            needed = "ale-py 0.12.1 or newer" if package == "ale-py" else package
+            message = f"{needed} is needed here, installed: {found}"
+            mend = "activate your environment, or pip install -r requirements.txt"
+            print(f"{message}; {mend}", file=sys.stderr)
+            sys.exit(2)
+
+
+check_packages()
 
 # Torch's idle threads wait in a loop for their next work, and take the emulators' cores meanwhile:
 # let them sleep after 1,000 turns of it, some microseconds (GNU's OpenMP: 300,000, milliseconds).
@@ -55,8 +82,10 @@ except ImportError:  # Windows: two runs in one folder are not noticed
 FORMAT = "actor-mimic-1"
 NEEDED = {"games", "step", "minutes", "args", "net_args", "net", "score", "scores"}
 NEEDED_OF_MIMIC = {"experts", "marks"}  # besides
-# Flags that may change when a run goes on; an expert is known by its mark, whatever its path.
+# Flags that may change when a run resumes; an expert is known by its mark, whatever its path.
 MAY_CHANGE = {"out", "steps", "report_every", "device", "precision", "experts"}
+# What ends a process politely: Ctrl-C, kill, a closed terminal, a batch system's warnings.
+SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU", "SIGUSR1", "SIGUSR2", "SIGBREAK"
 
 
 class UserError(Exception):
@@ -93,8 +122,9 @@ def parse_args(cls, argv=None):
     """Make a command line from a dataclass of defaults; the comment behind a field is its help.
 
     `learning_rate: float = 0.1  # what it means` becomes `--learning-rate`. A tuple takes several
-    values, a bool becomes `--flag` and `--no-flag`. A ValueError of the class's own `__post_init__`
-    (a flag out of range) is a UserError.
+    values, a bool becomes `--flag` and `--no-flag`, and a comment on a line of its own is the
+    heading of the flags below it. A ValueError of the class's own `__post_init__` (a flag out of
+    range) is a UserError.
     """
     source = inspect.getsource(cls)
     parser = Parser(
@@ -102,18 +132,23 @@ def parse_args(cls, argv=None):
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    groups = {}
     for field in dataclasses.fields(cls):
-        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE)
-        comment = comment.group(1).replace("%", "%%") if comment else ""
+        above, _, line = source.partition(f"\n    {field.name}: ")
+        comment = re.match(r".*?  # (.*)", line)
+        comment = comment[1].replace("%", "%%") if comment else ""
+        heading = ([""] + re.findall(r"^    # (.*)", above, re.MULTILINE))[-1]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading) if heading else parser
         flag, default = "--" + field.name.replace("_", "-"), field.default
         if isinstance(default, bool):
             either = argparse.BooleanOptionalAction  # --flag and --no-flag
-            parser.add_argument(flag, action=either, default=default, help=comment)
+            groups[heading].add_argument(flag, action=either, default=default, help=comment)
             continue
         several = isinstance(default, tuple)
         kind = type(default[0] if default else "") if several else field.type
         shown = " ".join(map(str, default)) if several else str(default)
-        parser.add_argument(
+        groups[heading].add_argument(
             flag,
             type={int: whole, float: finite}.get(kind, kind),
             default=default,
@@ -161,18 +196,33 @@ def require_positive(args, *names):
         require(values and min(values) > 0, f"{flag} must be positive")
 
 
-def run(main, cls):
+def expand_paths(args, *names):
+    """Replace `~` in the named flags, and patterns in those that take several paths.
+
+    A shell does so itself, but not after `--out=`, not inside quotes, and not on Windows.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if isinstance(value, str):
+            setattr(args, name, os.path.expanduser(value))
+        else:
+            paths = [os.path.expanduser(path) for path in value]
+            found = [sorted(glob.glob(p)) if not os.path.exists(p) else [p] for p in paths]
+            setattr(args, name, tuple(p for path, ps in zip(paths, found) for p in ps or [path]))
+
+
+def cli(main, cls):
     """Parse the command line and call main(args); a UserError is one line and exit status 2."""
     try:
         keep_freed_memory()
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
         sys.stdout = sys.stdout or open(os.devnull, "w")  # the shell has closed it: `>&-`
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show
         main(parse_args(cls))
     except UserError as error:
         message = str(error)
     except BrokenPipeError:  # `| head`, or Ctrl-C has ended `| tee`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
-        message = "nobody reads the output; start again (training goes on from its last save)"
+        message = "the output was closed; training resumes from its last save"
     except OSError as error:  # a full disk, a folder that may not be written
         message = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     except (MemoryError, RuntimeError) as error:
@@ -180,8 +230,8 @@ def run(main, cls):
         if isinstance(error, RuntimeError) and not re.search(no_memory, str(error)):
             raise
         message = (
-            "not enough memory: lower the largest of --lanes, --rollout, --replay, --updates, "
-            "--minibatch, --channels and --hidden (evaluate.py: --games)"
+            "not enough memory: lower the largest of --num-envs, --rollout, --replay, --updates, "
+            "--minibatch, --channels and --hidden (evaluate.py: --film)"
         )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -192,14 +242,28 @@ def run(main, cls):
     sys.exit(2)
 
 
+def show(text, keep=True):
+    """Print a line. Unless keep, it is the terminal's last line, which the next one replaces.
+
+    Where the output is no terminal, a line that is not kept is not printed.
+    """
+    terminal = sys.stdout.isatty()
+    clear = "\r\033[K" if terminal else ""
+    if keep:
+        print(clear + text, flush=True)
+    elif terminal:
+        with contextlib.suppress(OSError):  # a closed terminal: what is kept tells
+            width = shutil.get_terminal_size().columns - 1
+            print(clear + text[:width], end="", flush=True)
+
+
 # Machine
 
 
 def keep_freed_memory():
     """Tell Linux's allocator to keep what is freed: the next batch needs buffers as large.
 
-    As it stands it hands each large buffer back and pays for it page by page at the next use, which
-    makes training 1 to 16 % slower (two runs each of stages 1 and 2).
+    By default it hands each large buffer back and pays for it page by page at the next use.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3  # malloc.h
@@ -207,18 +271,33 @@ def keep_freed_memory():
         mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # an older one: 32 MB
 
 
+def cores():
+    """How many cores this process may use: of the machine, a batch job or a container."""
+    count = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, math.ceil(int(quota) / int(period)))
+    return max(count, 1)
+
+
 def pick_device(name):
-    """Turn --device auto|cpu|cuda|mps into a torch.device; raises UserError if it is not here."""
-    here = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
+    """Turn --device auto, cpu, cuda, cuda:1 or mps into a torch.device that works here.
+
+    Raises UserError if it does not.
+    """
+    here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here += ["mps"] * torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if here["cuda"] else "mps" if here["mps"] else "cpu"
-    if not here.get(name):
-        available = ", ".join(device for device in here if here[device])
-        raise UserError(f"--device {name} is not to be had here; this machine has {available}")
+        name = here[-1].split(":")[0]
+    if name not in [*here, *(device.split(":")[0] for device in here)]:
+        raise UserError(f"--device {name} is not available; this machine has {', '.join(here)}")
+    try:
+        (torch.ones(1, device=name) + 1).item()
+    except RuntimeError as error:  # a driver that is too old, a GPU without kernels in this torch
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} does not work ({reason}); use --device cpu") from None
     return torch.device(name)
 
 
@@ -237,10 +316,37 @@ def pick_autocast(precision, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def memory_format(device):
+    """The layout in which convolutions are fast: channels_last, but not on Apple's GPUs.
+
+    There PyTorch computes convolutions with channels_last weights wrongly on macOS 15 and newer.
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+@torch.no_grad()
+def check_device(net, example):
+    """Raise UserError if net, on its device, computes something else than on the CPU.
+
+    example: a small input of net, on the CPU. Of what net returns, the first tensor is compared.
+    """
+    device = next(net.parameters()).device
+    if device.type == "cpu":
+        return
+    there = net(example.to(device))[0].cpu()
+    here = copy.deepcopy(net).cpu()(example)[0]
+    # GPUs may round the inputs of a product to 10 bits (TF32).
+    if (there - here).abs().max() > 0.03 * here.abs().max():
+        raise UserError(
+            f"--device {device} computes other numbers than the CPU, beyond rounding; use "
+            "--device cpu, or another version of torch"
+        )
+
+
 def machine():
     """Describe this machine in a few words."""
     gpu = torch.cuda.get_device_name() + ", " if torch.cuda.is_available() else ""
-    return f"{gpu}{os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+    return f"{gpu}{cores()} cores, {platform.system()} {platform.machine()}"
 
 
 # Checkpoint
@@ -274,13 +380,24 @@ def whole_file(path):
             temporary.unlink()
 
 
+def half(net):
+    """Return net's state_dict in half precision, on the CPU: what is handed to the next stage."""
+    return {name: weight.half().cpu() for name, weight in net.state_dict().items()}
+
+
+def without_wrappers(weights):
+    """Drop what torch.compile and DistributedDataParallel put before the names of a state_dict."""
+    return {re.sub(r"(^|\.)(_orig_mod|module)\.", r"\1", k): v for k, v in weights.items()}
+
+
 def save_checkpoint(path, args, **contents):
     """Write a checkpoint, whole or not at all.
 
     contents: as the module's docstring says; format, args, command and machine are added here.
     Raises UserError if it cannot be written, or if a weight is infinite or nan.
     """
-    if not all(weight.isfinite().all() for weight in contents["net"].values()):
+    weights = without_wrappers(contents["net"])
+    if not all(weight.isfinite().all() for weight in weights.values()):
         raise UserError(f"the weights are not finite: try a smaller --lr; {path} is not written")
     checkpoint = {
         "format": FORMAT,
@@ -288,13 +405,12 @@ def save_checkpoint(path, args, **contents):
         "command": " ".join(["python", *sys.argv]),
         "machine": machine(),
         **contents,
+        "net": weights,
     }
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     with whole_file(path) as temporary:
-        # A copy: if the disk is full, getbuffer's view stays in the error, and freeing it there
-        # crashes Python 3.12.1.
-        temporary.write_bytes(buffer.getvalue())
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path, stages):
@@ -324,9 +440,24 @@ def load_checkpoint(path, stages):
     needed = NEEDED | NEEDED_OF_MIMIC if checkpoint["stage"] == "mimic" else NEEDED
     if missing := needed - checkpoint.keys():
         raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
-    if not isinstance(checkpoint["args"], dict):
-        raise UserError(f"{path} is damaged: its args are no dict")
+    for part in ("args", "net_args", "net"):
+        if not isinstance(checkpoint[part], dict):
+            raise UserError(f"{path} is damaged: its {part} is no dict")
+    # The first edition's networks all had LayerNorm, unless conv_norm said otherwise.
+    conv_norm = checkpoint["net_args"].pop("conv_norm", True)
+    checkpoint["net_args"].setdefault("norm", "all" if conv_norm else "linear")
+    checkpoint.setdefault("network", "AtariNet")
     return checkpoint
+
+
+def make_network(cls, checkpoint, path):
+    """Build a checkpoint's network and load its weights; raises UserError, naming path."""
+    try:
+        net = cls(**checkpoint["net_args"])
+    except (RuntimeError, TypeError, ValueError):
+        raise UserError(f"{path} cannot be built: its net_args do not fit {cls.__name__}") from None
+    load_weights(net, checkpoint, path)
+    return net
 
 
 def load_weights(net, checkpoint, path, part="net"):
@@ -335,7 +466,7 @@ def load_weights(net, checkpoint, path, part="net"):
     Raises UserError, naming path, if they do not fit, or are not finite.
     """
     try:
-        net.load_state_dict(checkpoint[part])
+        getattr(net, "_orig_mod", net).load_state_dict(without_wrappers(checkpoint[part]))
     except (RuntimeError, KeyError, TypeError, AttributeError):
         raise UserError(f"the weights in {path} do not fit: other widths, or layers") from None
     if not all(weight.isfinite().all() for weight in net.parameters()):
@@ -345,49 +476,18 @@ def load_weights(net, checkpoint, path, part="net"):
 def load_state(checkpoint, net, optimizer, rng, path):
     """Put a checkpoint's weights, optimizer and random generator back, in place.
 
-    What ships holds weights alone: optimizer and generator begin anew with them. Raises
-    UserError, naming path, if something does not fit.
+    expert.pt and mimic.pt hold weights alone: optimizer and generator start afresh with them.
+    Raises UserError, naming path, if something does not fit.
     """
     load_weights(net, checkpoint, path)
     if "optimizer" not in checkpoint:
-        print(f"{path} holds weights alone: what else learns begins anew")
+        print(f"{path} holds weights alone: the optimizer starts afresh")
         return
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng.set_state(checkpoint["rng"])
     except (RuntimeError, KeyError, TypeError, ValueError):
         raise UserError(f"the optimizer's state in {path} is damaged; name another --out") from None
-
-
-def open_run(folder, stage, args):
-    """Return the checkpoint that this command's run goes on from, or None for a new run.
-
-    Flags of MAY_CHANGE may differ when a run is continued. Raises UserError if the folder
-    holds a run of another stage or with other flags: nothing is written over.
-    """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file; name a folder")
-    if not (folder / "checkpoint.pt").exists():
-        for name in ("log.csv", "expert.pt", "mimic.pt"):
-            if (folder / name).exists():
-                lone = f"{folder} holds {name} without its checkpoint"
-                raise UserError(f"{lone}: delete that file, or name another --out")
-        return None
-    checkpoint = load_checkpoint(folder, (stage,))
-    # A flag that is newer than the run has its default: so new flags don't strand old runs.
-    before = plain(type(args)()) | checkpoint["args"]
-    for name, now in plain(args).items():
-        if name not in MAY_CHANGE and before[name] != now:
-            flag = name.replace("_", "-")
-            raise UserError(
-                f"{folder} holds a run with --{flag} {before[name]}, but this command says {now}; "
-                "name another --out for a new run"
-            )
-    if checkpoint["step"] > args.steps and before["steps"] != args.steps:
-        done = checkpoint["step"]
-        raise UserError(f"{folder} holds {done:,} steps, more than --steps {args.steps:,}")
-    return checkpoint
 
 
 def check_finite(loss, step, folder):
@@ -402,115 +502,196 @@ def check_finite(loss, step, folder):
         )
 
 
-# Log
+# A run
 
 
-class Log:
-    """One CSV per run and one console line per report.
+class Stop:
+    """Notices Ctrl-C and its relatives: `with Stop() as stop: ... if stop.asked: ...`.
 
-    A continued run first drops what was written after its checkpoint, so that every step stands
-    in the log once. `saved` is that checkpoint, or None. Raises UserError if another process writes
-    to the folder: whoever does holds its empty file `lock`.
+    The same signal, sent again, ends the process at once. The handlers go with the block. Outside
+    the main thread there are none, and a signal that is ignored (nohup, `&`) stays so.
     """
 
-    def __init__(self, folder, saved):
-        self.path, self.started = Path(folder) / "log.csv", time.time()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self):
+        self.asked, self.before = False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (getattr(signal, name, None) for name in SIGNALS):
+                if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(number, self.before[number])
+        with contextlib.suppress(OSError, RuntimeError):  # a closed output, or amid another print
+            print("\nstopping after this round; once more to stop at once", flush=True)
+
+
+class Run:
+    """The folder of a training run: checkpoint, log.csv and lock, and how far the run is.
+
+    `with Run(out, stage, args) as run:` reads what the folder holds; run.saved is the checkpoint to
+    resume from, or None. run.start() takes the folder, and nothing is written before. From then on
+    run.due() says when to report, run.save() writes a checkpoint, and run.report() a line.
+    """
+
+    def __init__(self, folder, stage, args):
+        """Raises UserError if the folder holds another run: nothing is written over."""
+        self.folder, self.stage, self.args = Path(folder), stage, args
+        self.started = time.monotonic()
+        self.saved = self.read()
+        self.first_step = self.saved["step"] if self.saved else 0
+        self.minutes_before = self.saved["minutes"] if self.saved else 0.0
+        self.next_report, self.clock, self.lock = self.first_step, None, None
+        self.rows, self.stop, self.stopping = [], Stop(), False
+
+    def __enter__(self):
+        self.stop.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        show("", keep=False)
+        self.stop.__exit__()
+        if self.lock:
+            self.lock.close()
+
+    def read(self):
+        """Return the checkpoint that the run resumes from, or None for a new run."""
+        folder = self.folder
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {folder} is a file; name a folder")
+        if not (folder / "checkpoint.pt").exists():
+            for name in ("log.csv", "expert.pt", "mimic.pt"):
+                if (folder / name).exists():
+                    lone = f"{folder} holds {name} without its checkpoint"
+                    raise UserError(f"{lone}: delete that file, or name another --out")
+            return None
+        saved = load_checkpoint(folder, (self.stage,))
+        flags, before = plain(self.args), saved["args"]
+        if unknown := sorted(before.keys() - flags.keys()):
+            names = ", ".join("--" + name.replace("_", "-") for name in unknown)
+            older = f"{folder} holds a run of another version, with {names}"
+            raise UserError(f"{older}; name another --out for a new run")
+        # A flag that is newer than the run has its default: so new flags don't strand old runs.
+        before = plain(type(self.args)()) | before
+        for name, now in flags.items():
+            if name not in MAY_CHANGE and before[name] != now:
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"{folder} holds a run with --{flag} {before[name]}, but this command says "
+                    f"{now}; name another --out for a new run"
+                )
+        steps, done = self.args.steps, saved["step"]
+        if done > steps and before["steps"] != steps:
+            raise UserError(f"{folder} holds {done:,} steps, more than --steps {steps:,}")
+        return saved
+
+    def start(self, device, autocast, net, buffer_bytes):
+        """Take the folder, and print what follows from the flags before anything is spent on it.
+
+        What the log holds from after the checkpoint goes, so that every step is there once. Raises
+        UserError if another process works in the folder: whoever does holds its empty file `lock`.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
         if fcntl:
-            self.lock = open(self.path.parent / "lock", "a")  # held to the end of the process
+            self.lock = open(self.folder / "lock", "a")
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                message = f"another process is at work in {folder}; name another --out"
+                message = f"another process works in {self.folder}; name another --out"
                 raise UserError(message) from None
             except OSError:
                 pass  # a file system without locks
-        self.clock = None  # step and time of the first line
-        self.first_step = saved["step"] if saved else 0
-        self.minutes_before = saved["minutes"] if saved else 0.0
-        if self.path.exists():
-            text = self.path.read_text(encoding="ascii", errors="replace")
-            lines = text.splitlines(keepends=True)
-            whole_lines = [line for line in lines if line.endswith("\n")]  # not cut off by a crash
-            if whole_lines and not whole_lines[0].startswith("step,"):
-                raise UserError(f"{self.path} is not a log of this project; move it away")
-            rows = [
-                row for row in whole_lines[1:] if re.fullmatch("[0-9]{1,18},[-+.,0-9a-z]+\n", row)
-            ]
-            kept = [row for row in rows if int(row.split(",")[0]) <= self.first_step]
-            with whole_file(self.path) as temporary:
-                temporary.write_text("".join(whole_lines[:1] + kept), encoding="ascii")
+        self.trim_log()
+        parameters = sum(weight.numel() for weight in net.parameters())
+        begins = f"resumes at step {self.first_step:,}" if self.first_step else "starts"
+        show(
+            f"{self.folder} {begins} of {self.args.steps:,} ({4 * self.args.steps:,} frames)\n"
+            f"{parameters:,} parameters in {'bfloat16' if autocast._enabled else 'float32'} on "
+            f"{device} ({torch.get_num_threads()} threads), {buffer_bytes / 1e6:,.0f} MB of "
+            "observations; speed and time left follow with the second report"
+        )
+
+    def trim_log(self):
+        """Drop rows of the log that are later than the checkpoint, cut off, or no rows."""
+        path = self.folder / "log.csv"
+        if not path.exists():
+            return
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines(keepends=True)
+        lines = [line for line in lines if line.endswith("\n")]  # not cut off by a crash
+        if lines and not lines[0].startswith("step,"):
+            raise UserError(f"{path} is not a log of this project; move it away")
+        rows = [line for line in lines[1:] if re.fullmatch("[0-9]{1,18},[-+.,0-9a-z]+\n", line)]
+        kept = [row for row in rows if int(row.split(",")[0]) <= self.first_step]
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(lines[:1] + kept), encoding="ascii")
 
     def minutes(self):
         """Return the run's wall time so far, in minutes, earlier stretches included."""
-        return self.minutes_before + (time.time() - self.started) / 60
+        return self.minutes_before + (time.monotonic() - self.started) / 60
 
-    def header(self, args, device, autocast, net, buffer_bytes):
-        """Print what follows from the flags, before anything is spent on it."""
-        parameters = sum(weight.numel() for weight in net.parameters())
-        goes_on = f"goes on at step {self.first_step:,}" if self.first_step else "starts"
-        print(
-            f"{self.path.parent} {goes_on} of {args.steps:,} (x4 = {4 * args.steps:,} frames); "
-            f"{parameters:,} parameters in {'bfloat16' if autocast._enabled else 'float32'} "
-            f"on {device}; {buffer_bytes / 1e6:,.0f} MB of observations; "
-            "now the emulators start; speed and time left follow with the second report",
-            flush=True,
-        )
+    def due(self, step):
+        """Whether to report: after 1, 2, 4 ... rounds, so that the time left is soon known, then
+        every --report-every steps, at the end, and when the run is to stop."""
+        self.stopping = self.stop.asked
+        if step < min(self.next_report, self.args.steps) and not self.stopping:
+            return False
+        every = self.args.report_every
+        self.next_report = min(2 * step - self.first_step, (step // every + 1) * every)
+        return True
 
-    def write(self, step, row):
-        """Append step, minutes and a dict of numbers, with the header if the file is new.
+    def save(self, name, **contents):
+        """Write a checkpoint into the folder."""
+        contents |= {"stage": self.stage, "minutes": self.minutes()}
+        save_checkpoint(self.folder / name, self.args, **contents)
 
-        Raises UserError if the file has other columns, or cannot be written.
+    def report(self, step, row, text):
+        """Write a row of numbers to the log and print a line; ends the run if that was asked for.
+
+        Raises UserError if the log has other columns, or cannot be written.
         """
-        row = {"step": step, "minutes": self.minutes(), **row}
+        path = self.folder / "log.csv"
+        self.rows.append({"step": step, "minutes": self.minutes(), **row})
         try:
-            with open(self.path, "a+", newline="") as file:
+            with open(path, "a+", newline="") as file:
                 file.seek(0)
                 columns = next(csv.reader(file), [])
-                if columns and columns != list(row):
-                    raise UserError(f"{self.path} has other columns; name another --out")
+                if columns and columns != list(self.rows[0]):
+                    raise UserError(f"{path} has other columns; name another --out")
                 writer = csv.writer(file, lineterminator="\n")
                 if not columns:
-                    writer.writerow(row)
-                writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
+                    writer.writerow(self.rows[0])
+                for values in (row.values() for row in self.rows):
+                    writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in values)
+            self.rows = []
+        except PermissionError:  # on Windows, while a spreadsheet shows it
+            late = "with the next report" if step < self.args.steps else "not at all"
+            show(f"{path} is open elsewhere; this row follows {late}")
         except OSError as error:
-            raise UserError(f"could not write {self.path} ({error})") from None
+            raise UserError(f"could not write {path} ({error})") from None
+        self.progress(step, text, keep=True)
+        if self.stopping and step < self.args.steps:
+            show(f"saved; the same command resumes at step {step:,}")
+            raise SystemExit(130)  # ended by Ctrl-C: what follows it after && does not start
 
-    def line(self, step, steps, text):
-        """Print progress, text, speed and time left; the first line sets the clock for these."""
-        pace = ""
-        if self.clock:
-            speed = (step - self.clock[0]) / (time.time() - self.clock[1])
-            left = round(max(0, steps - step) / speed / 60)
+    def progress(self, step, text, keep=False):
+        """Show step, share done, text, speed and time left; the first call sets the clock."""
+        now, pace = time.monotonic(), ""
+        self.clock = self.clock or (step, now)
+        if step > self.clock[0] and now > self.clock[1]:
+            speed = (step - self.clock[0]) / (now - self.clock[1])
+            left = round(max(0, self.args.steps - step) / speed / 60)
             pace = f"  {speed:,.0f} steps/s  {left} min left"
-        else:
-            self.clock = step, time.time()
-        print(f"{step:>11,} {min(1, step / steps):4.0%}  {text}{pace}", flush=True)
+        text = text.replace("nan", "-")  # a mean of nothing yet
+        show(f"{step:>11,} {min(1, step / self.args.steps):4.0%}  {text}{pace}", keep)
 
 
 def mean(values):
     """Mean of a collection; nan if it is empty."""
     return sum(values) / len(values) if values else math.nan
-
-
-# Ctrl-C
-
-
-class Stop:
-    """True once Ctrl-C was pressed, or a polite kill came; a second Ctrl-C ends at once."""
-
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
-
-    def ask(self, number, frame):
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
-        try:
-            print("\nstopping after this round; once more to stop at once", flush=True)
-        except (OSError, RuntimeError):
-            pass  # the same Ctrl-C has ended `| tee`, or it came in the middle of a print
-
-    def __bool__(self):
-        return self.asked

@@ -1,17 +1,17 @@
-"""The ruler: measure checkpoints of any stage on whole games, and make the tables and pictures.
+"""Measure checkpoints of any stage on whole episodes, and make the tables, curves and films.
 
-A score is the raw return of a whole game, played with epsilon 0.05 after 0 to 29 no-ops, and cut at
-108,000 frames. Each lane plays one game, or short games would count more often than long ones.
+A score is the raw return of a whole episode, played with epsilon 0.05 after 0 to 29 no-ops, and cut
+at 108,000 frames. Every episode that begins is counted, however long it takes.
 
-    python evaluate.py --runs runs/mimic                          # the mimic beside its experts
-    python evaluate.py --runs experts/*.pt --sticky 0 0.25        # sticky actions beside none
-    python evaluate.py --runs experts/*.pt --random               # chance beside them
-    python evaluate.py --curves runs/transfer-*/log.csv           # learning curves
-    python evaluate.py --runs runs/mimic --games 0 --gif          # only a film of all its games
+    python evaluate.py --runs runs/mimic                     # the mimic next to its experts
+    python evaluate.py --runs experts/*.pt --sticky 0 0.25   # with and without sticky actions
+    python evaluate.py --runs mimics/without-breakout.pt --games breakout --random
+    python evaluate.py --curves runs/transfer-*              # learning curves
+    python evaluate.py --runs runs/mimic --episodes 0 --gif  # only a film of all its games
 
-Output: the table, also as results/table.csv; bars in table.png, learning curves in
-table-curves.png, the film in table.gif. --out and --name choose another folder and another name.
-Of each curve it prints the mean over the run, and the end.
+Output: a line for each network and game, and a summary; everything as results/table.csv, bars in
+table.png, learning curves in table-curves.png, films in table.gif. --out and --name choose another
+folder and another name. Ctrl-C keeps what has been measured.
 Networks and logs whose names differ only in -s<seed> are seeds of one thing, and get an interval
 over seeds (curves: of three or more).
 """
@@ -22,6 +22,8 @@ import os
 import re
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,15 @@ from gymnasium.vector import AutoresetMode
 from matplotlib import animation, rcParams, ticker
 from matplotlib.figure import Figure
 from torch import nn
+
+try:
+    import train_expert
+    import train_mimic
+    import transfer
+except ModuleNotFoundError as error:
+    print(f"evaluate.py: {error.name}.py is missing; it builds its networks", file=sys.stderr)
+    sys.exit(2)
+from train_expert import act, legal_actions, make_envs, new_episode, rom_name
 
 # Scores of a random player and of a human (no-op starts; the set of DQN Zoo and most papers since
 # 2016, not that of DQN's own), and of DQN (Mnih et al., 2015).
@@ -75,192 +86,275 @@ PAPER = {
     "space_invaders": (1669.2, 1142.4),
 }
 
+SCRIPTS = {"expert": train_expert, "mimic": train_mimic, "transfer": transfer}
 rcParams["text.parse_math"] = False  # a $ in the name of a run is no formula
 
-# Half-widths of a 95 % interval of a mean, in standard errors, by number of seeds (Student's t).
+# Half-widths of a 95% interval of a mean, in standard errors, by number of seeds (Student's t).
 STUDENT_T = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 MEDIAN = "median of all games"  # a panel of the curves, beside those of games
 PAPERS = "paper's, of its own experts"  # a bar of each game
+AT_ONCE = 48  # episodes played at a time, or four for each core
+SKIPPED = 300  # steps of each episode before a film begins
 
 
-@dataclass(frozen=True)
+@dataclass
 class Args:
-    runs: tuple = ()  # checkpoints, or folders of runs, of any stage
-    curves: tuple = ()  # logs, or folders of runs; names that differ only in -s<seed> are one curve
-    games: int = 30  # plays of each game by each network, one on each lane; 0: no table
-    epsilon: float = 0.05  # share of random actions, as in the paper's tests
-    sticky: tuple = (0.0,)  # chance per frame that the last action repeats; several: a column each
-    seed: int = 1  # of exploration and emulators
+    # What is measured
+    runs: tuple = ()  # checkpoints, folders of runs, or patterns, of any stage
+    games: tuple = ()  # which games (none: those the network learned); an expert plays its own
+    episodes: int = 30  # of each game by each network; 0: no table
     random: bool = False  # also measure a random policy on every game
-    gif: bool = False  # also film the first network, all its games side by side
-    film: int = 160  # steps in the film of --gif, 15 a second
-    film_after: int = 300  # steps played before the film begins
+    curves: tuple = ()  # logs, or folders of runs; names that differ only in -s<seed> are one curve
+    # How it plays
+    epsilon: float = 0.05  # share of random actions (as paper)
+    sticky: tuple = (0.0,)  # chance, in each frame, that the last action repeats; several: each
+    seed: int = 1  # of exploration and emulators
+    # Output
+    gif: bool = False  # also film each network of --runs, all its games side by side
+    film: int = 160  # steps in a film, 15 a second; 0: a whole episode
     out: str = "results"  # folder of tables and pictures
     name: str = "table"  # their names begin with this
-    device: str = "auto"  # auto, cpu, cuda or mps
+    # Machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 ... or mps
     precision: str = "auto"  # auto, float32 or bfloat16
 
     def __post_init__(self):
+        numbers = any(game.isdigit() for game in self.games)
+        common.require(not numbers, "--games takes names of games; --episodes is their number")
+        self.games = tuple(dict.fromkeys(map(rom_name, self.games)))
+        common.expand_paths(self, "runs", "curves", "out")
         common.require(self.runs or self.curves, "name checkpoints in --runs or logs in --curves")
         common.require(self.runs or not (self.random or self.gif), "--random and --gif need --runs")
         taken = self.random and Path("random") in map(Path, self.runs)
         common.require(not taken, "the row of --random would hide the run named random: rename it")
-        common.require_range(self, 0, 1_000, "games")  # an emulator for each takes 0.2 s to start
+        common.require_range(self, 0, 10_000, "episodes")
         idle = self.random or (self.runs and not self.gif)
-        common.require(self.games or not idle, "--games 0 plays none: it needs --gif, not --random")
-        common.require_range(self, 1, 2_000, "film")  # 0.3 MB of memory a step and game
+        common.require(self.episodes or not idle, "--episodes 0 plays none: it needs --gif alone")
+        common.require_range(self, 0, 27_000, "film")
         plain = self.out and self.name and Path(self.name).name == self.name
         common.require(plain, "--out must name a folder, and --name a file without its folder")
         common.require_shares(self, "epsilon")
         shares = self.sticky and 0 <= min(self.sticky) and max(self.sticky) <= 1
         common.require(shares, "--sticky must lie between 0 and 1")
+        self.sticky = tuple(dict.fromkeys(self.sticky))
         common.require_range(self, 0, 2**31 - 1, "seed")
-        common.require_range(self, 0, 10_000, "film_after")
 
 
-def make_envs(game, lanes, sticky=0.0, max_frames=108_000):
-    """Start `lanes` emulators of one game; observations are (lanes, 4, 84, 84) uint8, newest last.
+@dataclass
+class Player:
+    """A network, or the random policy (net is None), and what it is measured on."""
 
-    A step repeats its action for 4 frames and shows each pixel's maximum over the last two, in
-    grey, resized to 84x84. Rewards are raw. A lost life sets `terminated`, and the game goes on;
-    game over, or the time limit (`truncated`), starts the next game within the same step, with up
-    to 29 no-ops and, where the game needs it, FIRE.
+    label: str  # its path
+    net: nn.Module
+    games: list  # that it plays
+    experts: dict  # {game: label of the expert that it is compared with}
+
+
+# Which networks
+
+
+def load_network(checkpoint, path, device):
+    """Build a checkpoint's network with the class of the script that made it."""
+    script, name = SCRIPTS[checkpoint["stage"]], checkpoint["network"]
+    cls = getattr(script, str(name), None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__name__ == name):
+        raise common.UserError(f"{path} is a {name}, which {script.__name__}.py does not have")
+    net = common.make_network(cls, checkpoint, path)
+    net = net.to(device, memory_format=common.memory_format(device))
+    common.check_device(net, torch.randint(256, (4, 4, 84, 84), dtype=torch.uint8))
+    return net
+
+
+def load_players(args, device):
+    """Read --runs, and the experts of each mimic; returns the players, those of --runs first."""
+    paths = list(dict.fromkeys(str(Path(path)) for path in args.runs))  # a/ is a, and read once
+    read = {path: common.load_checkpoint(path, tuple(SCRIPTS)) for path in paths}
+    warn_of_same_seeds(read)
+    # Of several experts of one game none is the measure: seeds would be in % of the first.
+    named = {}  # {game: labels of its experts}
+    for path, checkpoint in read.items():
+        if checkpoint["stage"] == "expert":
+            named.setdefault(checkpoint["games"][0], []).append(path)
+    only = {game: labels[0] for game, labels in named.items() if len(labels) == 1}
+    players = []
+    for path, checkpoint in list(read.items()):
+        learned = checkpoint["games"]
+        games = list(args.games or learned)
+        if len(learned) == 1 and learned[0] in games:
+            games = learned
+        experts = {game: only[game] for game in games if only.get(game, path) != path}
+        if checkpoint["stage"] == "mimic":
+            experts |= find_experts(checkpoint, games, read)
+        net = load_network(checkpoint, path, device)
+        players.append(Player(path, net, games, experts))
+    for label in dict.fromkeys(label for p in players for label in p.experts.values()):
+        if label not in paths:
+            net = load_network(read[label], label, device)
+            players.append(Player(label, net, read[label]["games"], {}))
+    if args.random:
+        games = list(dict.fromkeys(game for player in players for game in player.games))
+        experts = {game: p.experts[game] for p in players for game in p.experts} | only
+        players.append(Player("random", None, games, experts))
+    trained = {checkpoint["args"].get("sticky", 0.0) for checkpoint in read.values()}
+    if len(trained | set(args.sticky)) > 1:
+        was, now = (", ".join(f"{p:g}" for p in sorted(ps)) for ps in (trained, args.sticky))
+        print(f"note: trained with --sticky {was}, measured with {now}", file=sys.stderr)
+    return players
+
+
+def find_experts(mimic, games, read):
+    """Return {game: path} of a mimic's experts; those that read lacks are added to it.
+
+    An expert is known by its mark (step and minutes), wherever it lies: among the checkpoints of
+    the call, at the path that the mimic has stored, or there beside this script.
     """
-    return AtariVectorEnv(
-        game,
-        lanes,
-        num_threads=min(lanes, os.cpu_count()),
-        full_action_space=True,
-        reward_clipping=False,
-        life_loss_info=True,
-        autoreset_mode=AutoresetMode.SAME_STEP,
-        repeat_action_probability=sticky,
-        max_num_frames_per_episode=max_frames,
-    )
+    experts = {}
+    for game, path, mark in zip(mimic["games"], mimic["experts"], mimic["marks"]):
+        if game not in games:
+            continue
+        for place in (*read, path, str(Path(__file__).parent / path)):
+            try:
+                expert = read.get(place) or common.load_checkpoint(place, ("expert", "transfer"))
+            except common.UserError:
+                continue
+            if expert["games"] == [game] and [expert["step"], expert["minutes"]] == mark:
+                experts[game] = place
+                read[place] = expert
+                break
+        else:
+            why = f"{path} is not in this folder, or has changed since"
+            print(f"{why}: {game} has no expert to be compared with", file=sys.stderr)
+    return experts
 
 
-def legal_actions(game):
-    """Return the (18,) bool mask of the game's minimal action set within the full ALE set."""
-    legal = torch.zeros(18, dtype=torch.bool)
-    # Without full_action_space, as here, an emulator offers the minimal set.
-    legal[[action.value for action in AtariVectorEnv(game, 1).ale.get_action_set()]] = True
-    return legal
+def warn_of_same_seeds(read):
+    """Seeds of one thing get an interval, which of one run twice would mean nothing."""
+    seeds = {}
+    for path, checkpoint in read.items():
+        other = seeds.setdefault((without_seed(path), checkpoint["args"].get("seed")), path)
+        if other != path:
+            print(f"warning: {other} and {path} have the same seed", file=sys.stderr)
 
 
-class AtariNet(nn.Module):
-    """The paper's network with LayerNorm: convolutions, linear layers, a score for each action.
+def without_seed(name):
+    """Cut the -s<seed> off the name of a run: seeds of the same thing get the same name."""
+    return re.sub(r"-s\d+(?=$|[./\\])", "", name)
 
-    obs (B, 4, 84, 84) uint8 -> scores (B, 18), features (B, F), the activations that feed the
-    output layer. Scores are Q-values in an expert and in transfer, and logits in the mimic.
-    conv_norm: whether LayerNorm follows the convolutions, too, or the linear layers alone.
+
+# Play
+
+
+class Game:
+    """An emulator of one game, and the episode that it is in."""
+
+    def __init__(self, game, sticky, seed):
+        self.env = make_envs(game, 1, sticky)
+        self.obs, info = self.env.reset(seed=seed)  # (1, 4, 84, 84)
+        self.frame, self.steps, self.score = info["episode_frame_number"], 0, 0.0
+        self.sent = False
+
+    def send(self, action):
+        """Begin a step."""
+        self.env.send(np.array([action]))
+        self.sent = True
+
+    def receive(self):
+        """Finish the step that was begun, if any; returns whether it ended the episode."""
+        if not self.sent:
+            return False
+        self.obs, reward, _, _, info = self.env.recv()
+        self.sent = False
+        began = new_episode(info["episode_frame_number"], self.frame)[0]
+        self.frame = info["episode_frame_number"]
+        self.steps, self.score = self.steps + 1, self.score + float(reward[0])
+        return began
+
+
+def start_games(wanted):
+    """Start emulators, as many side by side as there are cores: [(game, sticky, seed)] -> [Game].
+
+    The threads have a lower priority, which the emulators' own threads take over, so that the
+    networks, for which many emulators wait, come first.
     """
 
-    def __init__(self, channels=(32, 64, 64), hidden=(512,), conv_norm=True):
-        super().__init__()
-        layers, width, size = [], 4, 84
-        for out, kernel, stride in zip(channels, (8, 4, 3, 3), (4, 2, 1, 1)):
-            # One group: LayerNorm over channels and positions (paper: none). In short runs
-            # experts without it were ahead in Breakout and behind in Seaquest.
-            norm = nn.GroupNorm(1, out) if conv_norm else nn.Identity()
-            layers += [nn.Conv2d(width, out, kernel, stride), norm, nn.ReLU()]
-            width, size = out, (size - kernel) // stride + 1
-        layers.append(nn.Flatten())
-        width *= size * size
-        for out in hidden:
-            layers += [nn.Linear(width, out), nn.LayerNorm(out), nn.ReLU()]
-            width = out
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(width, 18)
-        # In short runs of experts torch's own first weights did as well as these.
-        for layer in self.body:
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
-                nn.init.zeros_(layer.bias)
-        # Small, not zero: of equal scores argmax takes the no-op, and then Enduro never scores.
-        nn.init.orthogonal_(self.head.weight, 0.01)
-        nn.init.zeros_(self.head.bias)
+    def lower_priority():
+        if sys.platform == "linux":  # elsewhere it is that of the whole process
+            os.nice(10)
 
-    def forward(self, obs):
-        device, dtype = obs.device.type, torch.float32
-        if torch.is_autocast_enabled(device):
-            # 0 to 255 are exact in bfloat16: the same result as from float32, and faster.
-            dtype = torch.get_autocast_dtype(device)
-        # In two steps, because `to` with both at once is slower.
-        obs = obs.to(dtype).to(memory_format=torch.channels_last) / 255
-        features = self.body(obs).float()
-        # In bfloat16 rounding would be larger than what tells good actions from bad ones.
-        with torch.autocast(device, enabled=False):
-            return self.head(features), features
+    games = []
+    with ThreadPoolExecutor(common.cores(), initializer=lower_priority) as pool:
+        for game in pool.map(lambda one: Game(*one), wanted):
+            games.append(game)
+            common.show(f"starting emulators: {len(games)} of {len(wanted)}", keep=False)
+    return games
 
 
-def act(scores, legal, epsilon, rng):
-    """Choose epsilon-greedily: the best legal action, or with probability epsilon any legal one.
+def choose(player, obs, legal, args, device, rng):
+    """Actions of a player: obs (N, 4, 84, 84), legal (N, 18) bool -> (N,) int64 array."""
+    if player.net is None:
+        return act(torch.zeros(len(obs), 18), legal, 1.0, rng).numpy()
+    scores = player.net(torch.from_numpy(obs).to(device))[0].cpu()
+    return act(scores, legal, args.epsilon, rng).numpy()
 
-    scores: (N, 18); legal: (18,) or (N, 18) bool; returns (N,) int64. All on the CPU.
+
+def play(players, args, device, stop):
+    """Play all episodes; yields ((label, game, sticky), scores) as soon as all of these are over.
+
+    The episodes wait in one queue, and as many are played at a time as keep the cores busy. Next is
+    one of those that have lasted longest so far, so that no long one runs alone at the end.
     """
-    greedy = scores.masked_fill(~legal, -torch.inf).argmax(1)
-    random = torch.multinomial(legal.float().expand_as(scores), 1, generator=rng).squeeze(1)
-    return torch.where(torch.rand(len(scores), generator=rng) < epsilon, random, greedy)
-
-
-def play(net, game, sticky, args, device, autocast, expert=None):
-    """Play `args.games` whole games side by side: scores, (games,) float64, and a dict of columns.
-
-    net: an AtariNet, or None for a random policy. Columns, of the pictures that it meets, nan
-    without an expert: the share on which both prefer the same action, and the value that its
-    choices lose, as its expert's Q-values have it, in per cent of what random ones would lose.
-    """
-    # An emulator for each lane, so that those whose game is over rest while the others play on.
-    envs, legal = [make_envs(game, 1, sticky) for _ in range(args.games)], legal_actions(game)
+    todo = [(p, game, sticky) for p in players for game in p.games for sticky in args.sticky]
+    player_of = {(p.label, game, sticky): p for p, game, sticky in todo}
+    waiting = dict.fromkeys(player_of, args.episodes)
+    longest, scores = dict.fromkeys(player_of, 0), {key: [] for key in player_of}
+    legal = {game: legal_actions(game) for _, game, _ in player_of}
+    running = {player.label: [] for player in players}  # (key, Game) of the episodes that it is in
+    idle = {key[1:]: [] for key in player_of}  # Games between two episodes
     rng = torch.Generator().manual_seed(args.seed)
-    seeds = torch.randint(2**31 - 1, (args.games,), generator=rng).tolist()
-    starts = [env.reset(seed=seed) for env, seed in zip(envs, seeds)]
-    obs = np.concatenate([obs for obs, _ in starts])
-    frame = np.concatenate([info["episode_frame_number"] for _, info in starts])
-    scores, playing = np.zeros(args.games), np.ones(args.games, dtype=bool)
-    logits = torch.zeros(args.games, 18)
-    met, judged = 0, np.zeros(3)
-    while playing.any():
-        if net is not None:
-            active = torch.from_numpy(playing)
-            with torch.inference_mode(), autocast:
-                pictures = torch.from_numpy(obs[playing]).to(device)
-                logits[active] = net(pictures)[0].cpu()
-                if expert is not None:
-                    met += len(pictures)
-                    judged += judge(logits[active], expert(pictures)[0].cpu(), legal)
-        actions = act(logits, legal, args.epsilon if net is not None else 1.0, rng).numpy()
-        lanes = np.flatnonzero(playing)
-        for lane in lanes:
-            envs[lane].send(actions[lane : lane + 1])
-        # Received after all were sent: so the lanes step at the same time.
-        for lane in lanes:
-            obs[lane : lane + 1], reward, _, _, info = envs[lane].recv()
-            scores[lane] += reward[0]
-            next_frame = info["episode_frame_number"][0]
-            playing[lane] = next_frame > frame[lane]  # it falls when the next game begins
-            frame[lane] = next_frame
-    agreed, lost, at_random = judged
-    return scores, {
-        "% agreement": 100 * agreed / met if met else math.nan,
-        "% value lost": 100 * lost / at_random if at_random else math.nan,
-    }
+    free, total = max(AT_ONCE, 4 * common.cores()), args.episodes * len(player_of)
+    started, over, steps = time.monotonic(), 0, 0
+    while over < total and not stop.asked:
+        chosen, missing = [], []
+        while free > len(chosen) and any(waiting.values()):
+            key = max((k for k in waiting if waiting[k]), key=lambda k: (longest[k], waiting[k]))
+            waiting[key] -= 1
+            chosen.append(key)
+            if idle[key[1:]]:
+                running[key[0]].append((key, idle[key[1:]].pop()))
+            else:
+                missing.append(key)
+        seeds = [torch.randint(2**31 - 1, (), generator=rng).item() for _ in missing]
+        wanted = [(*key[1:], seed) for key, seed in zip(missing, seeds)]
+        for key, game in zip(missing, start_games(wanted)):
+            running[key[0]].append((key, game))
+        free -= len(chosen)
+        # One network after the other, all its episodes at once; meanwhile others' emulators work.
+        for player in players:
+            for key, game in list(running[player.label]):
+                ended = game.receive()
+                longest[key] = max(longest[key], game.steps)
+                if ended:
+                    scores[key].append(game.score)
+                    game.steps, game.score = 0, 0.0
+                    running[player.label].remove((key, game))
+                    idle[key[1:]].append(game)
+                    free, over = free + 1, over + 1
+                    if len(scores[key]) == args.episodes:
+                        yield key, np.array(scores[key])
+            if own := running[player.label]:
+                obs = np.concatenate([game.obs for _, game in own])  # (N, 4, 84, 84)
+                masks = torch.stack([legal[key[1]] for key, _ in own])  # (N, 18)
+                actions = choose(player, obs, masks, args, device, rng)
+                for (_, game), action in zip(own, actions):
+                    game.send(action)
+                steps += len(own)
+        seconds = time.monotonic() - started
+        left = f"  {seconds / over * (total - over) / 60:.0f} min left" if over else ""
+        text = f"{over} of {total} episodes  {over / total:.0%}  {steps / seconds:,.0f} steps/s"
+        common.show(text + left, keep=False)
 
 
-def judge(scores, expert_q, legal):
-    """Compare a network's choices with its expert's: (B, 18), (B, 18), (18,) bool -> (3,) float64.
-
-    Sums over the states: 1 where both choose the same action; of the expert's values
-    Q(s, best) - Q(s, chosen); and the mean of that over all legal actions. Discounted and summed
-    over a life, the second is on average the gap between the network's return of clipped rewards
-    and the expert's, if the Q-values are right (performance difference lemma, Kakade and Langford,
-    2002).
-    """
-    choice = scores.masked_fill(~legal, -torch.inf).argmax(1, keepdim=True)
-    top, best = expert_q.masked_fill(~legal, -torch.inf).max(1, keepdim=True)
-    lost, at_random = top - expert_q.gather(1, choice), top - expert_q[:, legal]
-    figures = (choice == best).sum(), lost.sum(), at_random.mean(1).sum()
-    return np.array([figure.item() for figure in figures])
+# Sum up
 
 
 def interquartile_mean(values):
@@ -271,23 +365,23 @@ def interquartile_mean(values):
 
 
 def percent(own, base):
-    """Scores in per cent of a mean: (games, seeds, plays), (games, 1, plays) -> shape of own."""
+    """Scores in % of a mean: (games, seeds, episodes), (games, 1, episodes) -> shape of own."""
     return 100 * own / base.mean((1, 2), keepdims=True)
 
 
 def resample(scores, rng):
-    """Draw with replacement the seeds, for all games alike, and the plays of each game and seed.
+    """Draw with replacement the seeds, for all games alike, and the episodes of each.
 
-    (games, seeds, plays) -> the same shape.
+    (games, seeds, episodes) -> the same shape.
     """
-    games, seeds, plays = scores.shape
+    games, seeds, episodes = scores.shape
     seed = rng.integers(seeds, size=(1, seeds, 1))
-    play = rng.integers(plays, size=scores.shape)
-    return scores[np.arange(games)[:, None, None], seed, play]
+    episode = rng.integers(episodes, size=scores.shape)
+    return scores[np.arange(games)[:, None, None], seed, episode]
 
 
 def bootstrap(statistic, own, base, resamples=2_000):
-    """Return statistic(percent(own, base)) and the two ends of its 95 % interval.
+    """Return statistic(percent(own, base)) and the two ends of its 95% interval.
 
     The interval is a bootstrap that resamples both. Of fewer than some ten seeds it is too narrow.
     """
@@ -296,194 +390,155 @@ def bootstrap(statistic, own, base, resamples=2_000):
     return statistic(percent(own, base)), *np.percentile(draws, [2.5, 97.5])
 
 
-def load_networks(args, device):
-    """Read the checkpoints of `--runs`, and the experts of each mimic if they are still there.
+def well_above_zero(base):
+    """Whether % of these means mean something: (games, 1, episodes) -> bool.
 
-    Returns {label: (net, games)}, net being None for the random policy, and {label: {game: label of
-    the expert that this network is compared with}}: a mimic's own, for others the only one read.
+    All scores are above 0, or their mean is four standard errors above it: so next to no resample
+    has a mean of 0 or less.
     """
-    networks, experts, own, seeds = {}, {}, {}, {}
-    paths = list(dict.fromkeys(str(Path(path)) for path in args.runs))  # a/ is a, and read once
-    for path in paths:  # grows: a mimic adds its experts
-        checkpoint = common.load_checkpoint(path, ("expert", "mimic", "transfer"))
-        net = AtariNet(**checkpoint["net_args"]).to(device, memory_format=torch.channels_last)
-        common.load_weights(net, checkpoint, path)
-        games = checkpoint["games"]
-        networks[path] = net, games
-        # Seeds of one thing get an interval, which of one run twice would mean nothing.
-        other = seeds.setdefault((without_seed(path), checkpoint["args"].get("seed")), path)
-        if other != path:
-            print(f"warning: {other} and {path} have the same seed", file=sys.stderr)
-        if checkpoint["stage"] == "expert":
-            experts.setdefault(games[0], []).append(path)
-        if checkpoint["stage"] == "mimic":
-            own[path] = find_teachers(checkpoint)
-            paths += [teacher for teacher in own[path].values() if teacher not in paths]
-    if args.random:
-        played = {game for _, games in networks.values() for game in games}
-        networks["random"] = None, sorted(played)
-    # Of several experts of one game none is the measure: seeds would be in per cent of the first.
-    only = {game: labels[0] for game, labels in experts.items() if len(labels) == 1}
-    return networks, {label: own.get(label, only) for label in networks}
+    error = base.std((1, 2)) / math.sqrt(base.shape[2])
+    return bool(((base > 0).all((1, 2)) | (base.mean((1, 2)) > 4 * error)).all())
 
 
-def find_teachers(mimic):
-    """Return {game: path} of a mimic's experts that are still there and have not changed since."""
-    teachers = {}
-    for game, path, mark in zip(mimic["games"], mimic["experts"], mimic["marks"]):
-        try:
-            expert = common.load_checkpoint(path, ("expert",))
-            if [expert["step"], expert["minutes"]] == mark:
-                teachers[game] = path
-        except common.UserError:
-            pass
-        if game not in teachers:
-            why = f"{path} is not in this folder, or has changed since"
-            print(f"{why}: {game} has no expert to be compared with", file=sys.stderr)
-    return teachers
+def make_row(key, player, results, args):
+    """One row of the table, a dict, for the scores that results holds under (label, game, sticky).
+
+    Networks without an expert to compare them with have nan for it.
+    """
+    label, game, sticky = key
+    scores, expert = results[key], results.get((player.experts.get(game), game, sticky))
+    random, human, dqn = REFERENCE.get(game, (math.nan,) * 3)
+    paper_dqn, paper_amn = PAPER.get(game, (math.nan,) * 2)
+    interval = (math.nan,) * 3
+    if expert is not None and well_above_zero(expert[None, None]):
+        interval = bootstrap(np.mean, scores[None, None], expert[None, None])
+    elif expert is not None and expert.mean() > 0:
+        interval = 100 * scores.mean() / expert.mean(), math.nan, math.nan
+    return {
+        "network": label,
+        "game": game,
+        "mean": scores.mean(),
+        "expert": math.nan if expert is None else expert.mean(),
+        "% expert": interval[0],
+        "low": interval[1],
+        "high": interval[2],
+        "std": scores.std(),
+        "max": scores.max(),
+        "episodes": len(scores),
+        "% human": 100 * (scores.mean() - random) / (human - random),
+        "random": random,
+        "human": human,
+        "dqn_2015": dqn,
+        "paper_dqn": paper_dqn,
+        "paper_amn": paper_amn,
+        "epsilon": 1.0 if player.net is None else args.epsilon,
+        "sticky": sticky,
+        "seed": args.seed,
+        "scores": " ".join(f"{score:.0f}" for score in scores),
+    }
 
 
-def make_rows(results, expert_of):
-    """Turn {label: {game: scores}} into the table: one dict per network and game."""
-    rows = []
-    for label, by_game in results.items():
-        for game, scores in by_game.items():
-            random, human, dqn = REFERENCE.get(game, (math.nan,) * 3)
-            paper_dqn, paper_amn = PAPER.get(game, (math.nan,) * 2)
-            teacher = expert_of[label].get(game)
-            expert = results[teacher][game].mean() if teacher else math.nan
-            rows.append(
-                {
-                    "network": label,
-                    "game": game,
-                    "mean": scores.mean(),
-                    "expert": expert,
-                    "% expert": 100 * scores.mean() / expert if expert > 0 else math.nan,
-                    "std": scores.std(),
-                    "max": scores.max(),
-                    "games": len(scores),
-                    "% human": 100 * (scores.mean() - random) / (human - random),
-                    "random": random,
-                    "human": human,
-                    "dqn_2015": dqn,
-                    "paper_dqn": paper_dqn,
-                    "paper_amn": paper_amn,
-                }
-            )
-    return rows
-
-
-def print_table(rows):
-    """Print the rows in columns."""
+def print_row(row=None):
+    """Print a row of the table in at most 100 columns; without one, the heading."""
 
     def show(value):
-        if isinstance(value, float):
-            return "-" if math.isnan(value) else f"{value:.1f}"
-        return str(value)
+        digits = 0 if abs(value) >= 1_000 else 1
+        return "-" if math.isnan(value) else f"{value:,.{digits}f}"
 
-    lines = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        left = [cell.ljust(width) for cell, width in zip(line[:2], widths)]
-        right = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:])]
-        print("  ".join(left + right))
-
-
-def without_seed(name):
-    """Cut the -s<seed> off the name of a run: seeds of the same thing get the same name."""
-    return re.sub(r"-s\d+(?=$|[./\\])", "", name)
+    cells = "game", "network", "score", "expert", "%", "95% interval"
+    if row:
+        label = row["network"] + (f" sticky {row['sticky']:g}" if row["sticky"] else "")
+        label = label if len(label) <= 36 else "..." + label[-33:]
+        numbers = [show(row[column]) for column in ("mean", "expert", "% expert")]
+        interval = "" if math.isnan(row["low"]) else f"{row['low']:.0f} to {row['high']:.0f}"
+        cells = row["game"], label, *numbers, interval
+    game, label, *numbers = cells
+    score, expert, of_expert, interval = numbers
+    common.show(f"{game:15} {label:36} {score:>9} {expert:>9} {of_expert:>7} {interval:>14}")
 
 
-def group_seeds(results, expert_of):
-    """Return [(name, labels)]: networks whose names differ only in -s<seed> are one group.
+def group_seeds(players, results, sticky):
+    """Return [(name, players)]: those whose names differ only in -s<seed> are one group.
 
-    They have to play the same games and to be compared with the same experts.
+    They have to play the same games, to their end, and to be compared with the same experts.
     """
     groups = {}
-    for label, by_game in results.items():
-        teachers = frozenset((game, expert_of[label].get(game)) for game in by_game)
-        groups.setdefault((without_seed(label), teachers), []).append(label)
+    for player in players:
+        if all((player.label, game, sticky) in results for game in player.games):
+            key = without_seed(player.label), tuple(player.games), tuple(player.experts.items())
+            groups.setdefault(key, []).append(player)
     return [
-        (f"{name} ({len(labels)} seeds)" if len(labels) > 1 else labels[0], labels)
-        for (name, _), labels in groups.items()
+        (f"{key[0]} ({len(seeds)} seeds)" if len(seeds) > 1 else seeds[0].label, seeds)
+        for key, seeds in groups.items()
     ]
 
 
-def print_summary(results, expert_of):
+def print_summary(players, results, sticky):
     """Print the median and interquartile mean of each group of several seeds or games.
 
-    Scores are in per cent of the experts' mean scores, or normalised with random and human scores:
+    Scores are in % of the experts' mean scores, or normalised with random and human scores:
     100 * (score - random) / (human - random). The median is over the games' means, the
-    interquartile mean over all single scores. Intervals resample the seeds, the games they played
-    and those of the experts.
+    interquartile mean over all single scores. Intervals resample the seeds, their episodes and
+    those of the experts.
     """
-    for name, labels in group_seeds(results, expert_of):
-        games, teachers = list(results[labels[0]]), expert_of[labels[0]]
-        own = np.array([[results[label][game] for label in labels] for game in games])
-        if len(games) * len(labels) < 2 or own.shape[2] < 2:
+    for name, seeds in group_seeds(players, results, sticky):
+        games, experts = seeds[0].games, seeds[0].experts
+        if len(games) * len(seeds) < 2:
             continue
-        if all(game in teachers for game in games):
-            experts = np.array([[results[teachers[game]][game]] for game in games])
-            # Percentages of an expert near 0 are nonsense: four standard errors above it, next to
-            # no resample of its games has a mean of 0 or less.
-            error = experts.std((1, 2)) / math.sqrt(experts.shape[2])
-            if (experts.mean((1, 2)) > 4 * error).all():
-                print_middle(f"{name}, per cent of expert", own, experts)
-                for g, game in enumerate(games if len(labels) > 1 else []):
-                    interval = bootstrap(np.mean, own[g : g + 1], experts[g : g + 1])
-                    print(f"  {game}: {show_interval(interval)}")
+        own = np.array([[results[p.label, game, sticky] for p in seeds] for game in games])
+        name += f", sticky {sticky:g}" if sticky else ""
+        if all((experts.get(game), game, sticky) in results for game in games):
+            base = np.array([[results[experts[game], game, sticky]] for game in games])
+            if well_above_zero(base):
+                print_middle(f"{name}: % of expert", own, base)
+                for g, game in enumerate(games if len(seeds) > 1 else []):
+                    interval = bootstrap(np.mean, own[g : g + 1], base[g : g + 1])
+                    print(f"  {game} {show_interval(interval)}")
         if all(game in REFERENCE for game in games):
             low, high, _ = np.array([REFERENCE[game] for game in games]).T[:, :, None, None]
-            print_middle(f"{name}, per cent of human", own - low, high - low)
+            print_middle(f"{name}: % of human", own - low, high - low)
 
 
 def print_middle(title, own, base):
-    """Print median and interquartile mean of percent(own, base)."""
+    """Print median and interquartile mean of percent(own, base), with 95% intervals."""
     median = bootstrap(lambda scores: np.median(scores.mean((1, 2))), own, base)
     middle = bootstrap(interquartile_mean, own, base)
-    text = f"median {show_interval(median)}, interquartile mean {show_interval(middle)}"
-    print(f"{title}: {text}")
+    print(title)
+    print(f"  median {show_interval(median)}, interquartile mean {show_interval(middle)}")
 
 
 def show_interval(interval):
     """Write a value and its interval: (value, low, high) -> text."""
-    return "{:.1f} (95 % interval {:.1f} to {:.1f})".format(*interval)
+    return "{:.1f} ({:.1f} to {:.1f})".format(*interval)
 
 
 def write_csv(rows, path):
     """Write the rows, numbers to six digits."""
-    text = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of runs may hold any byte
-    with common.whole_file(path) as temporary, open(temporary, "w", newline="", **text) as file:
+    with common.whole_file(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(rows[0])
         for row in rows:
             writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
 
 
-def draw_bars(rows, groups, expert_of, path):
-    """Draw the scores of all networks that are not experts in per cent of the expert, per game.
+# Draw
 
-    Seeds of one thing are one bar, their mean, and a dot each; a dotted line goes on from the first
-    bar, to compare the others with it. Where all the paper's games are there, its network stands
-    beside them, in per cent of its own experts. Without such networks, or without experts to
-    compare them with, scores are in per cent of a human's. Without those either, it draws nothing
-    and returns False.
+
+def draw_bars(rows, groups, path):
+    """Draw what each network reaches in each game, in % of its expert: bars, and a dot per seed.
+
+    groups: as of group_seeds. Where all the paper's games are there, its network is shown next to
+    them. Returns False, and draws nothing, if no network has an expert.
     """
-    students = [row for row in rows if row["network"] != expert_of[row["network"]].get(row["game"])]
-    if all(row["network"] == "random" for row in students):
-        students = []  # then the experts themselves are what is shown
-    unit = "% human" if all(math.isnan(row["% expert"]) for row in students) else "% expert"
-    rows = [row for row in students or rows if not math.isnan(row[unit])]
+    rows = [row for row in rows if not math.isnan(row["% expert"])]
     if not rows:
         return False
     games = list(dict.fromkeys(row["game"] for row in rows))
-    if unit == "% expert" and PAPER.keys() <= set(games):
+    if PAPER.keys() <= set(games):
         for game, (dqn, amn) in PAPER.items():
-            rows.append({"network": PAPERS, "game": game, "mean": amn, unit: 100 * amn / dqn})
-    name_of = {label: name for name, labels in groups for label in labels}
-    if not students:
-        experts = {label for by_game in expert_of.values() for label in by_game.values()}
-        name_of |= dict.fromkeys(experts, "its expert")
+            percent = 100 * amn / dqn
+            rows.append({"network": PAPERS, "game": game, "mean": amn, "% expert": percent})
+    name_of = {player.label: name for name, seeds in groups for player in seeds}
     bars = {game: {} for game in games}  # {game: {name: rows of its seeds}}
     for row in rows:
         name = name_of.get(row["network"], row["network"])
@@ -498,25 +553,23 @@ def draw_bars(rows, groups, expert_of, path):
         panel.axis("off")
     for panel, game in zip(panels, games):
         for name, seeds in bars[game].items():
-            place, percents = names.index(name), [row[unit] for row in seeds]
+            place, percents = names.index(name), [row["% expert"] for row in seeds]
             panel.barh(place, np.mean(percents), color="C1" if name == PAPERS else "C0")
             if len(seeds) > 1:
                 panel.plot(percents, [place] * len(seeds), ".", color="black", markersize=4)
             mean = np.mean([row["mean"] for row in seeds])
             score = f"{mean:,.0f}" if abs(mean) >= 100 else f"{mean:.1f}"
-            end, text = (max(0, *percents), place), f"{np.mean(percents):.0f} % ({score})"
+            end, text = (max(0, *percents), place), f"{np.mean(percents):.0f}% ({score})"
             white = {"facecolor": "white", "edgecolor": "none", "pad": 0}
             beside = {"xytext": (3, -2.5), "textcoords": "offset points"}
             panel.annotate(text, end, **beside, fontsize=7, bbox=white)
-            if place == 0 and len(names) > 2:
-                panel.axvline(np.mean(percents), color="C0", linewidth=0.8, linestyle="dotted")
         panel.axvline(100, color="grey", linewidth=0.8)
         panel.set_title(game.replace("_", " "), fontsize=10)
         panel.set_yticks(range(len(names)), [name.removeprefix("runs/") for name in names])
         panel.tick_params(labelsize=8)
     panel.margins(x=0.55)
     panel.invert_yaxis()
-    figure.supxlabel(f"{unit} (score)", fontsize=9)
+    figure.supxlabel("% of the expert (score)", fontsize=9)
     save_figure(figure, path)
     return True
 
@@ -647,116 +700,132 @@ def draw_curves(groups, path):
     save_figure(figure, path)
 
 
-def record(net, game, args, device, autocast):
-    """Film `args.film` steps after the first `args.film_after`: colour pictures and scores."""
-    envs, legal = make_envs(game, 1, args.sticky[0]), legal_actions(game)
-    # A second emulator with the same seed and the same actions shows the same game in colour.
-    colour = AtariVectorEnv(
-        game,
-        1,
-        full_action_space=True,
-        autoreset_mode=AutoresetMode.SAME_STEP,
-        repeat_action_probability=args.sticky[0],
-        grayscale=False,
-        img_height=210,
-        img_width=160,
-        stack_num=1,
-    )
+# Film
+
+
+def record(player, args, device):
+    """Film one episode of each game, or --film steps of it: {game: (pictures, scores)}."""
+    names, sticky = player.games, args.sticky[0]
+    legal = torch.stack([legal_actions(name) for name in names])  # (G, 18)
     rng = torch.Generator().manual_seed(args.seed)
-    obs, info = envs.reset(seed=args.seed)
-    colour.reset(seed=args.seed)
-    pictures, scores, total = [], [], 0
-    for t in range(args.film_after + args.film):
-        with torch.inference_mode(), autocast:
-            logits = net(torch.from_numpy(obs).to(device))[0].cpu()
-        action = act(logits, legal, args.epsilon, rng).numpy()
-        frame = info["episode_frame_number"]
-        obs, reward, _, _, info = envs.step(action)
-        picture, total = colour.step(action)[0][0, 0], total + int(reward[0])
-        if t >= args.film_after:
-            pictures.append(picture)
-            scores.append(total)
-        if info["episode_frame_number"] < frame:  # a new game begins
-            total = 0
-    return pictures, scores
+    games = start_games([(name, sticky, args.seed) for name in names])
+    # A second emulator with the same seed and the same actions shows the same game in colour.
+    colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
+    colour |= {"full_action_space": True, "autoreset_mode": AutoresetMode.SAME_STEP}
+    envs = [AtariVectorEnv(n, 1, repeat_action_probability=sticky, **colour) for n in names]
+    for env in envs:
+        env.reset(seed=args.seed)
+    films, t = {name: ([], []) for name in names}, 0
+    playing = set(names)
+    while playing and (not args.film or t < SKIPPED + args.film):
+        obs = np.concatenate([game.obs for game in games])  # (G, 4, 84, 84)
+        for game, env, action in zip(games, envs, choose(player, obs, legal, args, device, rng)):
+            game.send(action)
+            env.send(np.array([action]))
+        for name, game, env in zip(names, games, envs):
+            ended, picture = game.receive(), env.recv()[0][0, 0]  # (210, 160, 3)
+            if name in playing and (t >= SKIPPED or not args.film):
+                films[name][0].append(picture)
+                films[name][1].append(game.score)
+            if ended and not args.film:
+                playing.discard(name)
+            elif ended:
+                game.score = 0.0
+        t += 1
+    return films
 
 
 def write_gif(films, path):
     """Write a GIF of several games side by side; films: {game: (pictures, scores)}."""
     columns = min(len(films), 4)
     lines = math.ceil(len(films) / columns)
-    figure = Figure(figsize=(1.6 * columns, 2.3 * lines), dpi=100)
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    figure.subplots_adjust(0, 0, 1, 1 - 0.2 / (2.3 * lines), 0.02, 0.1)
-    for panel in panels:
-        panel.axis("off")
-    images = [panel.imshow(pictures[0]) for panel, (pictures, _) in zip(panels, films.values())]
+    width, height = 160 * columns, 230 * lines  # pixels: pictures of 160 x 210, and a line of text
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+    screen = np.full((height, width, 3), 255, dtype=np.uint8)
+    image, texts = figure.figimage(screen), []
+    for n in range(len(films)):
+        place = (n % columns * 160 + 80) / width, 1 - (n // columns * 230 + 15) / height
+        texts.append(figure.text(*place, "", fontsize=8, horizontalalignment="center"))
     writer = animation.PillowWriter(fps=15)
     with common.whole_file(path) as temporary, writer.saving(figure, temporary, dpi=100):
-        for t in range(len(next(iter(films.values()))[0])):
-            for panel, image, (game, (pictures, scores)) in zip(panels, images, films.items()):
-                image.set_data(pictures[t])
-                panel.set_title(f"{game.replace('_', ' ')} {scores[t]}", fontsize=8, pad=2)
+        for t in range(max(len(pictures) for pictures, _ in films.values())):
+            for n, (game, (pictures, scores)) in enumerate(films.items()):
+                now = min(t, len(pictures) - 1)  # its episode may be over before others'
+                top, left = n // columns * 230 + 20, n % columns * 160
+                screen[top : top + 210, left : left + 160] = pictures[now]
+                texts[n].set_text(f"{game.replace('_', ' ')} {scores[now]:.0f}")
+            image.set_data(screen)
             writer.grab_frame()
 
 
 def main(args):
     device, out = common.pick_device(args.device), Path(args.out)
     autocast = common.pick_autocast(args.precision, device)
-    networks, expert_of = load_networks(args, device)  # mistakes show before the games, not after
+    players = load_players(args, device)  # mistakes show before the episodes, not after
     curves = group_curves(args.curves)
     table = out / f"{args.name}.csv"
-    if networks and table.exists() and not table.read_text(errors="replace").startswith("network,"):
+    if players and table.exists() and not table.read_text(errors="replace").startswith("network,"):
         raise common.UserError(f"{table} is no table of scores: choose another --name")
     out.mkdir(parents=True, exist_ok=True)
     # May we write there, and is the longest of the names not too long?
     tempfile.NamedTemporaryFile(dir=out, prefix=args.name, suffix="-curves.png").close()
 
-    if networks and args.games > 0:
-        results, columns = {}, {}  # {label: {game: scores}}, {(label, game): further columns}
-        for label, (net, games) in networks.items():
-            results[label] = {}
-            for game in games:
-                print(f"{label} plays {args.games} games of {game} ...", end=" ", flush=True)
-                first, *others = dict.fromkeys(args.sticky)
-                teacher = expert_of[label].get(game)
-                expert = networks[teacher][0] if teacher not in (None, label) else None
-                scores, judged = play(net, game, first, args, device, autocast, expert)
-                results[label][game], columns[label, game] = scores, judged
-                print(f"{scores.mean():.1f}")
-                for p in others:
-                    scores, _ = play(net, game, p, args, device, autocast)
-                    columns[label, game][f"sticky {p:g}"] = scores.mean()
-        for name in ("% agreement", "% value lost"):
-            if all(math.isnan(further[name]) for further in columns.values()):
-                for further in columns.values():  # no network has an expert to judge it
-                    del further[name]
-        rows = make_rows(results, expert_of)
-        for row in rows:
-            row |= columns[row["network"], row["game"]]
-        whole_rows = []  # for the file: with what others need to check an interval
-        for row in rows:
-            label, scores = row["network"], results[row["network"]][row["game"]]
-            epsilon = 1.0 if networks[label][0] is None else args.epsilon  # None: random
-            more = {"epsilon": epsilon, "sticky": args.sticky[0], "seed": args.seed}
-            more["plays"] = " ".join(f"{score:.0f}" for score in scores)
-            whole_rows.append(row | more)
-        write_csv(whole_rows, table)  # before it is printed: `| head` may have left
-        print_table(rows)
-        print_summary(results, expert_of)
-        groups = group_seeds(results, expert_of)
-        drawn = draw_bars(rows, groups, expert_of, out / f"{args.name}.png")
-        print(f"wrote {table}" + (" and .png" if drawn else "; no bars: no score to compare with"))
-    if curves:
-        print_curves(curves)
-        draw_curves(curves, out / f"{args.name}-curves.png")
-        print(f"wrote {out / args.name}-curves.png")
-    if args.gif:
-        net, games = next(iter(networks.values()))
-        films = {game: record(net, game, args, device, autocast) for game in games}
-        write_gif(films, out / f"{args.name}.gif")
-        print(f"wrote {out / args.name}.gif")
+    # Inside one autocast and no_grad the weights are rounded to bfloat16 only once.
+    with common.Stop() as stop, torch.no_grad(), autocast:
+        if players and args.episodes:
+            measure(players, args, device, stop, table)
+        if curves and not stop.asked:
+            print_curves(curves)
+            draw_curves(curves, out / f"{args.name}-curves.png")
+            print(f"wrote {out / args.name}-curves.png")
+        filmed = [p for p in players if p.label in map(str, map(Path, args.runs))]
+        for player in filmed if args.gif else []:
+            if not stop.asked:
+                name = re.sub(r"\W+", "-", player.label.removesuffix(".pt")).strip("-")
+                path = out / (args.name + (f"-{name}" if len(filmed) > 1 else "") + ".gif")
+                steps, games = args.film or 27_000, len(player.games)
+                size = steps * games * (3 * 160 * 230 + 3 * 160 * 210)  # bytes
+                most = "" if args.film else "at most "
+                common.show(f"filming {player.label}: {most}{size / 1e9:.1f} GB of memory")
+                write_gif(record(player, args, device), path)
+                print(f"wrote {path}")
+        if stop.asked:
+            raise SystemExit(130)
+
+
+def measure(players, args, device, stop, table):
+    """Play, print a line as soon as a game's episodes are over, and sum up what was measured."""
+    by_label = {player.label: player for player in players}
+    named = {"random", *(str(Path(path)) for path in args.runs)}
+    results, rows = {}, {}  # {(label, game, sticky): scores}, {the same: row of the table}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))  # the other cores are for the emulators
+    print_row()
+    for key, scores in play(players, args, device, stop):
+        results[key] = scores
+        for label, game, sticky in [key for key in results if key not in rows]:
+            player = by_label[label]
+            if game in player.experts and (player.experts[game], game, sticky) not in results:
+                continue  # its expert still plays
+            row = make_row((label, game, sticky), player, results, args)
+            rows[label, game, sticky] = row
+            write_csv(list(rows.values()), table)  # before it prints: `| head` may have left
+            if label in named:
+                print_row(row)
+    torch.set_num_threads(threads)
+    if stop.asked:
+        common.show(f"stopped; {len(rows)} complete rows are in {table}")
+    if not rows:
+        return
+    for sticky in args.sticky:
+        print_summary(players, results, sticky)
+    shown = [row for row in rows.values() if row["sticky"] == args.sticky[0]]
+    groups = group_seeds(players, results, args.sticky[0])
+    drawn = draw_bars(shown, groups, table.with_suffix(".png"))
+    common.show(
+        f"wrote {table}" + (" and .png" if drawn else "; no bars: no expert to compare with")
+    )
 
 
 if __name__ == "__main__":
-    common.run(main, Args)
+    common.cli(main, Args)

@@ -6,17 +6,17 @@ buffer, Q(lambda) returns look several steps ahead, and the target network is a 
 
     python train_expert.py --game pong --steps 50_000 --out runs/try-expert  # a minute
     python train_expert.py --game atlantis  # two cores: 15 minutes, 60,000 points
+    python train_expert.py --game breakout --steps 25_000_000 --out runs/paper  # the paper's length
 
-Output: the folder --out with checkpoint.pt (the same command goes on from it), log.csv, and
-expert.pt, the weights alone in half precision. In experts/ are such files, of stage 1.
+Output: the folder --out with checkpoint.pt (the same command resumes from it), log.csv, and
+expert.pt, the weights alone in half precision, for the next stage.
 """
 
 import copy
 import math
-import os
+import re
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 
 import common  # before torch: it sets what torch reads when it loads
 
@@ -31,59 +31,80 @@ from torch import nn
 FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # the emulator refuses these for one player
 
 
-@dataclass(frozen=True)
+@dataclass
 class Args:
-    game: str = "pong"  # ROM name, as ale-py spells it
-    steps: int = 1_200_000  # decisions over all lanes, 4 frames each (paper: 25M)
+    # Run
+    game: str = "pong"  # name of the game: ms_pacman, MsPacman or ALE/MsPacman-v5
+    steps: int = 1_200_000  # decisions of all environments, 4 frames each (paper: 25M)
     seed: int = 1  # of the weights, exploration, shuffling and emulators
     out: str = ""  # folder of the run (empty: runs/expert-<game>)
+    # Network
     channels: tuple = (16, 32, 32)  # kernels 8, 4, 3, 3, strides 4, 2, 1, 1 (paper: 32 64 64)
     hidden: tuple = (256,)  # fully connected layers (paper: 512)
-    lanes: int = 32  # emulators side by side (paper: 1)
-    rollout: int = 32  # steps of each lane between two rounds; 16 with 64 lanes were no better
-    epochs: int = 2  # passes over each rollout; 1: half the score in Breakout, level in equal time
-    minibatch: int = 128  # observations per gradient step; 256 was no better (paper: 32)
-    lr: float = 5e-4  # of RAdam; Breakout: 2.5e-4 slower, 1e-3 ahead at first; Pong: 2.5e-4 faster
-    decay: float = 0.3  # share of the run over which lr falls to zero, at its end; 1 was no better
+    norm: str = "all"  # LayerNorm after all layers but the last, linear ones alone, or none (paper)
+    # Acting
+    num_envs: int = 32  # emulators side by side (paper: 1)
+    rollout: int = 32  # steps of each environment between two rounds of learning
+    epsilon: float = 0.05  # share of random actions, falls from 1 (paper: 0.1)
+    explore: float = 0.1  # share of the run over which epsilon falls (paper: 1M steps)
+    sticky: float = 0.0  # chance, in each frame, that the last action repeats (as paper)
+    # Learning
+    epochs: int = 2  # passes over each rollout
+    minibatch: int = 128  # observations per gradient step (paper: 32)
+    lr: float = 5e-4  # of RAdam
+    decay: float = 0.3  # share of the run, at its end, over which lr falls to zero
     gamma: float = 0.99  # discount (as paper)
-    lam: float = 0.85  # of Q(lambda) returns (0: one step, 1: to the rollout's end); 0.65: slower
-    epsilon: float = 0.05  # share of random actions, falls from 1; as in evaluate.py (paper: 0.1)
-    explore: float = 0.1  # share of the run over which epsilon falls; 0.3: level (paper: 1M steps)
-    target_rate: float = 0.1  # share of the way target moves to net each round; 0.02 is too slow
+    lam: float = 0.85  # of Q(lambda) returns (0: one step, 1: to the rollout's end)
+    target_rate: float = 0.1  # share of the way that target moves to net each round
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this (paper: errors to 1)
+    # Machine
     report_every: int = 50_000  # steps between two lines of the log, each with a checkpoint
-    device: str = "auto"  # auto, cpu, cuda or mps
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 ... or mps
     precision: str = "auto"  # auto, float32 or bfloat16
 
     def __post_init__(self):
-        common.require_one_of("--game", self.game, set(roms.get_all_rom_ids()) - FOR_TWO)
+        self.game = rom_name(self.game)
+        common.expand_paths(self, "out")
         common.require(len(self.channels) <= 4, "--channels takes at most 4 widths")
         common.require_positive(self, "channels", "hidden")
-        common.require_positive(self, "steps", "rollout", "epochs")
-        common.require_positive(self, "minibatch", "lr", "target_rate", "max_grad_norm")
-        common.require_positive(self, "report_every")
+        common.require_one_of("--norm", self.norm, ("all", "linear", "none"))
+        common.require_positive(self, "steps", "rollout", "epochs", "minibatch", "lr")
+        common.require_positive(self, "target_rate", "max_grad_norm", "report_every")
         common.require_shares(self, "gamma", "lam", "epsilon", "explore", "decay", "target_rate")
-        common.require_range(self, 1, 10_000, "lanes")
+        common.require_shares(self, "sticky")
+        common.require_range(self, 1, 10_000, "num_envs")
         common.require_range(self, 0, 1e30, "lr")  # far beyond any that make sense
         common.require_range(self, 0, 2**31 - 1, "seed")
         common.require(
-            self.minibatch <= self.lanes * self.rollout,
-            "--minibatch is larger than the rollout (lanes x rollout)",
+            self.minibatch <= self.num_envs * self.rollout,
+            "--minibatch is larger than the rollout (num_envs x rollout)",
         )
 
 
-def make_envs(game, lanes, sticky=0.0, max_frames=108_000):
-    """Start `lanes` emulators of one game; observations are (lanes, 4, 84, 84) uint8, newest last.
+def rom_name(game):
+    """Return ale-py's name of a game: ms_pacman for MsPacman, ALE/MsPacman-v5 and the like.
+
+    Raises ValueError with the nearest names if no such game is for one player.
+    """
+    games = {name.replace("_", ""): name for name in roms.get_all_rom_ids() if name not in FOR_TWO}
+    short = re.sub(r"^ALE/|(-ram)?(NoFrameskip|Deterministic)?-v\d+$", "", game)
+    short = re.sub(r"[^a-z0-9]", "", short.lower())
+    common.require_one_of("--game", games.get(short, short), games.values())
+    return games[short]
+
+
+def make_envs(game, num_envs, sticky=0.0, max_frames=108_000):
+    """Start emulators of one game; observations are (num_envs, 4, 84, 84) uint8, newest last.
 
     A step repeats its action for 4 frames and shows each pixel's maximum over the last two, in
-    grey, resized to 84x84. Rewards are raw. A lost life sets `terminated`, and the game goes on;
-    game over, or the time limit (`truncated`), starts the next game within the same step, with up
-    to 29 no-ops and, where the game needs it, FIRE.
+    grey, resized to 84x84. Rewards are raw. A lost life sets `terminated`, and the episode goes on;
+    game over, or the time limit (`truncated`), starts the next episode within the same step, with
+    up to 29 no-ops and, where the game needs it, FIRE.
     """
     return AtariVectorEnv(
         game,
-        lanes,
-        num_threads=min(lanes, os.cpu_count()),
+        num_envs,
+        num_threads=min(num_envs, common.cores()),
         full_action_space=True,
         reward_clipping=False,
         life_loss_info=True,
@@ -101,31 +122,38 @@ def legal_actions(game):
     return legal
 
 
+def new_episode(frame, last_frame):
+    """Where a new episode began: the emulator's count of frames fell; (N,), (N,) -> (N,) bool.
+
+    `terminated` does not tell, since it may be a lost life alone.
+    """
+    return frame < last_frame
+
+
 class AtariNet(nn.Module):
-    """The paper's network with LayerNorm: convolutions, linear layers, a score for each action.
+    """The paper's network: convolutions, linear layers, a score for each action; with LayerNorm.
 
     obs (B, 4, 84, 84) uint8 -> scores (B, 18), features (B, F), the activations that feed the
     output layer. Scores are Q-values in an expert and in transfer, and logits in the mimic.
-    conv_norm: whether LayerNorm follows the convolutions, too, or the linear layers alone.
+    norm: LayerNorm after "all" layers but the last, after "linear" ones alone, or "none" (paper).
     """
 
-    def __init__(self, channels=(32, 64, 64), hidden=(512,), conv_norm=True):
+    def __init__(self, channels=(32, 64, 64), hidden=(512,), norm="all"):
         super().__init__()
         layers, width, size = [], 4, 84
         for out, kernel, stride in zip(channels, (8, 4, 3, 3), (4, 2, 1, 1)):
-            # One group: LayerNorm over channels and positions (paper: none). In short runs
-            # experts without it were ahead in Breakout and behind in Seaquest.
-            norm = nn.GroupNorm(1, out) if conv_norm else nn.Identity()
-            layers += [nn.Conv2d(width, out, kernel, stride), norm, nn.ReLU()]
+            # GroupNorm with one group is LayerNorm over channels and positions.
+            layer_norm = nn.GroupNorm(1, out) if norm == "all" else nn.Identity()
+            layers += [nn.Conv2d(width, out, kernel, stride), layer_norm, nn.ReLU()]
             width, size = out, (size - kernel) // stride + 1
         layers.append(nn.Flatten())
         width *= size * size
         for out in hidden:
-            layers += [nn.Linear(width, out), nn.LayerNorm(out), nn.ReLU()]
+            layer_norm = nn.Identity() if norm == "none" else nn.LayerNorm(out)
+            layers += [nn.Linear(width, out), layer_norm, nn.ReLU()]
             width = out
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(width, 18)
-        # In short runs of experts torch's own first weights did as well as these.
         for layer in self.body:
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
@@ -140,7 +168,7 @@ class AtariNet(nn.Module):
             # 0 to 255 are exact in bfloat16: the same result as from float32, and faster.
             dtype = torch.get_autocast_dtype(device)
         # In two steps, because `to` with both at once is slower.
-        obs = obs.to(dtype).to(memory_format=torch.channels_last) / 255
+        obs = obs.to(dtype).to(memory_format=common.memory_format(obs.device)) / 255
         features = self.body(obs).float()
         # In bfloat16 rounding would be larger than what tells good actions from bad ones.
         with torch.autocast(device, enabled=False):
@@ -160,6 +188,17 @@ def act(scores, legal, epsilon, rng):
 def greedy_value(q_values, legal):
     """Return the value of the best legal action: (N, 18), (18,) bool -> (N,)."""
     return q_values.masked_fill(~legal, -torch.inf).amax(1)
+
+
+def learner_view(reward, terminated, truncated, cut_value, gamma):
+    """Return what Q-learning sees of a step: reward (N,) float, and stop (N,) bool.
+
+    Rewards are clipped to -1 ... 1 (paper). A lost life or game over stops the return. The time
+    limit ends the episode, but not the return: the value of what it cut off is added.
+    reward, terminated, truncated: (N,); cut_value: (N,) max_a Q of the observation cut off.
+    """
+    cut = truncated & ~terminated
+    return reward.clamp(-1, 1) + gamma * cut_value * cut, terminated | truncated
 
 
 def q_lambda_targets(rewards, stop, max_q, gamma, lam):
@@ -182,114 +221,101 @@ def td_loss(q_values, actions, targets):
     return F.mse_loss(q_values.gather(1, actions[:, None]).squeeze(1), targets)
 
 
-def main(args):
-    out = Path(args.out or f"runs/expert-{args.game}")
+def train(args, run):
+    # Set up: network, target, optimizer, and where the run was when it stopped.
     device = common.pick_device(args.device)
     autocast = common.pick_autocast(args.precision, device)
-    net_args = {"channels": list(args.channels), "hidden": list(args.hidden)}
-    T, N = args.rollout, args.lanes
+    net_args = {"channels": list(args.channels), "hidden": list(args.hidden), "norm": args.norm}
+    T, N = args.rollout, args.num_envs
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed)  # explores, shuffles and seeds the emulators
-
-    legal = legal_actions(args.game)
-    net = AtariNet(**net_args).to(device, memory_format=torch.channels_last)
+    legal = legal_actions(args.game)  # (18,)
+    net = AtariNet(**net_args).to(device, memory_format=common.memory_format(device))
+    common.check_device(net, torch.randint(256, (4, 4, 84, 84), dtype=torch.uint8))
     # Paper: a copy made every 10,000 steps, which gives targets only. Here the moving average of
     # net's weights, which also plays, and is what is saved.
     target = copy.deepcopy(net)
     # foreach: one call for all weights, not one for each, which is faster.
     optimizer = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)
-    step, scores = 0, deque(maxlen=100)  # scores of the last finished games
-    saved = common.open_run(out, "expert", args)
-    if saved:
-        common.load_state(saved, target, optimizer, rng, out)
-        # An expert.pt holds the average alone: then learning begins again from it.
-        common.load_weights(net, saved, out, "online" if "optimizer" in saved else "net")
-        step, scores = saved["step"], deque(saved["scores"], maxlen=100)
+    step, scores = 0, deque(maxlen=100)  # scores of the last finished episodes
+    if run.saved:
+        common.load_state(run.saved, target, optimizer, rng, run.folder)
+        # An expert.pt holds the average alone: then learning resumes from that.
+        online = "online" if "optimizer" in run.saved else "net"
+        common.load_weights(net, run.saved, run.folder, online)
+        step, scores = run.saved["step"], deque(run.saved["scores"], maxlen=100)
         if step >= args.steps:
-            return print(f"{out} has finished; more --steps would go on from step {step:,}")
+            print(f"{run.folder} has finished; with more --steps it would resume")
+            return
 
-    # The stack of 4 frames is the last axis. As (B, 4, 84, 84), which permute makes of it without a
-    # copy, that is channels_last, on which convolutions are faster.
-    obs_buffer = torch.empty((T, N, 84, 84, 4), dtype=torch.uint8, device=device)
+    # Set up: buffers and emulators.
+    obs_buffer = torch.empty((T, N, 4, 84, 84), dtype=torch.uint8, device=device)
     actions, rewards = torch.empty((T, N), dtype=torch.int64), torch.empty((T, N))
     stops = torch.empty((T, N), dtype=torch.bool)
     values = torch.empty((T + 1, N))  # max_a Q(s, a)
-    log = common.Log(out, saved)
-    log.header(args, device, autocast, net, obs_buffer.nbytes)
+    run.start(device, autocast, net, obs_buffer.nbytes)
     updates = args.epochs * math.ceil(T * N / args.minibatch)
     print(f"{args.game} has {legal.sum()} actions; {updates} updates every {T * N:,} steps")
-
-    def save(name, **more):
-        common.save_checkpoint(
-            out / name,
-            args,
-            stage="expert",
-            games=[args.game],
-            legal=legal.nonzero().flatten().tolist(),
-            step=step,
-            minutes=log.minutes(),
-            net_args=net_args,
-            score=common.mean(scores),
-            scores=list(scores),
-            max_q=values.mean().item(),
-            **more,
-        )
-
-    @torch.inference_mode()
-    def q_values_of(obs):  # (N, 4, 84, 84) -> (N, 18), on the CPU
-        with autocast:
-            return target(obs.to(device))[0].cpu()
-
-    envs = make_envs(args.game, N)
+    common.show(f"starting {N} emulators of {args.game} ...", keep=False)
+    envs = make_envs(args.game, N, args.sticky)
     obs, info = envs.reset(seed=torch.randint(2**31 - 1, (N,), generator=rng).numpy())
     frame, returns = info["episode_frame_number"], np.zeros(N)
-    stop_asked, start, next_report = common.Stop(), step, step
+    first_step = step
+
+    def q_values_of(obs):  # (N, 4, 84, 84) -> (N, 18), on the CPU
+        return target(obs.to(device))[0].cpu()
 
     while step < args.steps:
-        # Where games are equally long, lanes begun together stay in step, and a rollout would
-        # hold one part of the game only. So each round one lane restarts, until all have.
-        lane = (step - start) // (T * N)
-        if lane < N:
-            obs, info = envs.reset(options={"reset_mask": np.arange(N) == lane})
-            frame, returns[lane] = info["episode_frame_number"], 0  # a game cut off has no score
+        # Where episodes are equally long, environments begun together stay in step, and a rollout
+        # would hold one part of the game only. So each round one restarts, until all have.
+        restarted = (step - first_step) // (T * N)
+        if restarted < N:
+            obs, info = envs.reset(options={"reset_mask": np.arange(N) == restarted})
+            frame, returns[restarted] = info["episode_frame_number"], 0  # what is cut has no score
 
-        # Play T steps on N lanes.
+        # Act: T steps in N environments.
         explored = step / (args.explore * args.steps) if args.explore else 1
         epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * explored)
-        for t in range(T):
-            obs_buffer[t] = torch.from_numpy(obs).permute(0, 2, 3, 1)
-            q_values = q_values_of(obs_buffer[t].permute(0, 3, 1, 2))
-            values[t] = greedy_value(q_values, legal)
-            actions[t] = act(q_values, legal, epsilon, rng)
+        # One autocast for all steps: it rounds the weights to bfloat16 only once.
+        with torch.no_grad(), autocast:
+            for t in range(T):
+                obs_buffer[t] = torch.from_numpy(obs)
+                q_values = q_values_of(obs_buffer[t])  # (N, 18)
+                values[t] = greedy_value(q_values, legal)
+                actions[t] = act(q_values, legal, epsilon, rng)
+                obs, reward, terminated, truncated, info = envs.step(actions[t].numpy())
+                cut_value = torch.zeros(N)
+                if truncated.any():
+                    cut_value = greedy_value(
+                        q_values_of(torch.from_numpy(info["final_obs"])), legal
+                    )
+                rewards[t], stops[t] = learner_view(
+                    torch.from_numpy(reward),
+                    torch.from_numpy(terminated),
+                    torch.from_numpy(truncated),
+                    cut_value,
+                    args.gamma,
+                )
 
-            obs, reward, terminated, truncated, info = envs.step(actions[t].numpy())
-            rewards[t] = torch.from_numpy(reward).clamp(-1, 1)
-            # A lost life ends the return that is learned from, but not the game that is scored.
-            stops[t] = torch.from_numpy(terminated | truncated)
-            # A new game, if the emulator's counter fell; terminated may be a lost life alone.
-            game_over = info["episode_frame_number"] < frame
-            frame = info["episode_frame_number"]
-            if truncated.any():
-                # A time limit ends the game, but not the return: add the value of what it cut off.
-                cut = torch.from_numpy(truncated & ~terminated)
-                final_q = q_values_of(torch.from_numpy(info["final_obs"]))
-                rewards[t, cut] += args.gamma * greedy_value(final_q, legal)[cut]
-            returns += reward
-            scores.extend(returns[game_over].tolist())
-            returns[game_over] = 0
-        values[T] = greedy_value(q_values_of(torch.from_numpy(obs)), legal)
+                # A score is of a whole episode: not clipped, and not ended by a lost life.
+                returns += reward
+                began = new_episode(info["episode_frame_number"], frame)
+                frame = info["episode_frame_number"]
+                scores.extend(returns[began].tolist())
+                returns[began] = 0
+            values[T] = greedy_value(q_values_of(torch.from_numpy(obs)), legal)
 
         # Learn from them. The rate is constant and then falls; more --steps make it rise again.
-        targets = q_lambda_targets(rewards, stops, values, args.gamma, args.lam).flatten()
+        targets = q_lambda_targets(rewards, stops, values, args.gamma, args.lam).flatten()  # (T*N,)
         lr = args.lr * min(1, (args.steps - step) / max(args.decay * args.steps, 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
         for _ in range(args.epochs):
             for batch in torch.randperm(T * N, generator=rng).split(args.minibatch):
-                # Ten times as fast on a CPU as indexing with [batch].
+                # index_select is ten times as fast on a CPU as indexing with [batch].
                 obs_batch = obs_buffer.flatten(0, 1).index_select(0, batch.to(device))
                 with autocast:
-                    q_values, features = net(obs_batch.permute(0, 3, 1, 2))
+                    q_values, features = net(obs_batch)  # (B, 18), (B, F)
                 chosen, wanted = actions.flatten()[batch].to(device), targets[batch].to(device)
                 loss = td_loss(q_values, chosen, wanted)
                 optimizer.zero_grad()
@@ -300,16 +326,14 @@ def main(args):
             for slow, weight in zip(target.parameters(), net.parameters()):
                 slow.lerp_(weight, args.target_rate)  # slow += target_rate * (weight - slow)
         step += T * N
+        common.check_finite(loss + grad_norm, step, run.folder)
 
-        common.check_finite(loss + grad_norm, step, out)
-
-        # Once in a while: look, save, report.
-        if step >= min(next_report, args.steps) or stop_asked:
-            # First after 1, 2, 4 ... rounds, so that the time left is soon known.
-            regular = (step // args.report_every + 1) * args.report_every
-            next_report = min(2 * step - start, regular)
+        # Report, once in a while: save, then write to the log.
+        score = common.mean(scores)
+        run.progress(step, f"score {score:.1f}")
+        if run.due(step):
             row = {
-                f"{args.game}_score": common.mean(scores),
+                f"{args.game}_score": score,
                 "max_q": values.mean().item(),  # mean over the rollout of max_a Q(s, a)
                 "td_loss": loss.item(),
                 "grad_norm": grad_norm.item(),  # before it is clipped
@@ -318,24 +342,36 @@ def main(args):
                 "epsilon": epsilon,
                 "lr": lr,
             }
-            half = {name: weight.half().cpu() for name, weight in target.state_dict().items()}
-            save("expert.pt", net=half)  # before the checkpoint, which may say that all is done
-            save(
+            contents = {
+                "games": [args.game],
+                "legal": legal.nonzero().flatten().tolist(),
+                "step": step,
+                "network": "AtariNet",
+                "net_args": net_args,
+                "score": score,
+                "scores": list(scores),
+                "max_q": row["max_q"],
+            }
+            # First the weights: once the checkpoint says that all is done, they are there.
+            run.save("expert.pt", **contents, net=common.half(target))
+            run.save(
                 "checkpoint.pt",
+                **contents,
                 net=target.state_dict(),
                 online=net.state_dict(),
                 optimizer=optimizer.state_dict(),
                 rng=rng.get_state(),
             )
-            log.write(step, row)
-            text = f"max Q {row['max_q']:.2f}  TD {row['td_loss']:.4f}"
-            log.line(step, args.steps, f"score {common.mean(scores):.1f}  {text}")
-            if stop_asked and step < args.steps:
-                print(f"saved; the same command goes on from step {step:,}")
-                raise SystemExit(130)  # ended by Ctrl-C: what follows it after && does not start
+            text = f"score {score:.1f}  max Q {row['max_q']:.2f}  TD {row['td_loss']:.4f}"
+            run.report(step, row, text)
 
-    print(f"done: score {common.mean(scores):.1f} in the last {len(scores)} games; {out}/expert.pt")
+    print(f"done: score {score:.1f} in the last {len(scores)} episodes; {run.folder}/expert.pt")
+
+
+def main(args):
+    with common.Run(args.out or f"runs/expert-{args.game}", "expert", args) as run:
+        train(args, run)
 
 
 if __name__ == "__main__":
-    common.run(main, Args)
+    common.cli(main, Args)

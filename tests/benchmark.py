@@ -5,7 +5,7 @@
     python tests/benchmark.py mimic 2        # the mimic of the first 2 experts (without: of all)
 
 First the bare figures: the emulator with random actions, the network acting, the network learning,
-nothing else going on, with the lanes and minibatches of the stage's own recipe. Together they give
+nothing else going on, with the environments and minibatches of the stage's own recipe. Together they give
 the steps/s that a loop without any overhead would reach. Then the stage itself, with the share of
 its time in each part, and its ratio to that limit. Each stage runs in a process of its own, so
 that the memory is its own as well. `dqn` is what the experts' stage is compared with: the replay
@@ -51,20 +51,20 @@ def rate(work, amount):
     return amount * calls / (time.perf_counter() - start)
 
 
-def bare_emulator(games, lanes):
+def bare_emulator(games, num_envs):
     """Steps per second over all games, with random legal actions, all games stepping at once."""
-    envs, rng = [make_envs(game, lanes) for game in games], torch.Generator().manual_seed(0)
+    envs, rng = [make_envs(game, num_envs) for game in games], torch.Generator().manual_seed(0)
     for env in envs:
         env.reset(seed=1)
     legal = [legal_actions(game) for game in games]
 
     def step():
         for env, mask in zip(envs, legal):
-            env.send(act(torch.zeros(lanes, 18), mask, 1.0, rng).numpy())
+            env.send(act(torch.zeros(num_envs, 18), mask, 1.0, rng).numpy())
         for env in envs:
             env.recv()
 
-    return rate(step, len(games) * lanes)
+    return rate(step, len(games) * num_envs)
 
 
 def bare_network(args, batch, learning, autocast, optimizer=RADAM, regressors=()):
@@ -145,7 +145,7 @@ def run_stage(stage, module, **flags):
 
 
 def replay_dqn():
-    """Print the steps/s of replay DQN: one lane, 32 observations every 4 steps, Adam 1e-4, float32.
+    """Print the steps/s of replay DQN: one environment, 32 observations every 4 steps, Adam 1e-4, float32.
 
     Its published curve (CleanRL's) reaches 18 in Pong after some 3.2M steps. The network is
     Nature's, the replay holds frames. It is filled with 20,000 steps here, where it
@@ -203,7 +203,7 @@ def main(stage, count=None):
     if stage == "mimic":
         args, expert = train_mimic.Args(), train_expert.Args()
         games = [path.stem for path in experts]
-        G, N = len(games), args.lanes
+        G, N = len(games), args.num_envs
         emulator = bare_emulator(games, N)
         acting = bare_network(args, G * N, False, autocast)
         labelling = bare_network(expert, args.rollout * N, False, autocast)
@@ -216,8 +216,8 @@ def main(stage, count=None):
         args = train_expert.Args()
         widths = args if stage == "expert" else train_mimic.Args()
         script = train_expert if stage == "expert" else transfer
-        emulator = bare_emulator([script.Args().game], args.lanes)
-        acting = bare_network(widths, args.lanes, False, autocast)
+        emulator = bare_emulator([script.Args().game], args.num_envs)
+        acting = bare_network(widths, args.num_envs, False, autocast)
         learning = bare_network(widths, args.minibatch, True, autocast)
         limit = 1 / (1 / emulator + 1 / acting + args.epochs / learning)
         bare = f"acting {acting:,.0f}, learning {learning:,.0f}"

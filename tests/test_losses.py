@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,8 +10,10 @@ from train_expert import (
     AtariNet,
     act,
     greedy_value,
+    learner_view,
     legal_actions,
     make_envs,
+    new_episode,
     q_lambda_targets,
     td_loss,
 )
@@ -23,21 +26,21 @@ def test_q_lambda_targets_are_the_weighted_sum_of_n_step_returns():
     T, N, gamma, lam = 6, 5, 0.9, 0.7
     rewards, max_q, stop = torch.randn(T, N), torch.randn(T + 1, N), torch.rand(T, N) < 0.3
     targets = q_lambda_targets(rewards, stop, max_q, gamma, lam)
-    for lane in range(N):
+    for env in range(N):
         for t in range(T):
             end = next(
-                (i for i in range(t, T) if stop[i, lane]), None
+                (i for i in range(t, T) if stop[i, env]), None
             )  # the step that ends the return
             last = T - 1 if end is None else end
 
             def n_step(n):  # n rewards and then the best Q-value, or all up to the stop
-                total = sum(gamma**i * rewards[t + i, lane].item() for i in range(n))
-                return total if t + n - 1 == end else total + gamma**n * max_q[t + n, lane].item()
+                total = sum(gamma**i * rewards[t + i, env].item() for i in range(n))
+                return total if t + n - 1 == end else total + gamma**n * max_q[t + n, env].item()
 
             longest = last - t + 1
             expected = sum((1 - lam) * lam ** (n - 1) * n_step(n) for n in range(1, longest))
             expected += lam ** (longest - 1) * n_step(longest)
-            assert targets[t, lane].item() == pytest.approx(expected, abs=1e-5)
+            assert targets[t, env].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_q_lambda_targets_at_both_ends_of_lambda():
@@ -45,6 +48,22 @@ def test_q_lambda_targets_at_both_ends_of_lambda():
     max_q = torch.tensor([[9.0], [5.0], [7.0], [3.0]])
     assert q_lambda_targets(rewards, stop, max_q, 0.5, 0.0).flatten().tolist() == [3.5, 3.5, 3.5]
     assert q_lambda_targets(rewards, stop, max_q, 0.5, 1.0).flatten().tolist() == [1.875, 1.75, 3.5]
+
+
+def test_what_the_learner_sees_of_a_step():
+    #                   plain, large, negative, lost life, time limit, both at once
+    reward = torch.tensor([0, 400, -7, 1, 20, 1], dtype=torch.int32)
+    terminated = torch.tensor([False, False, False, True, False, True])
+    truncated = torch.tensor([False, False, False, False, True, True])
+    cut_value = torch.full((6,), 3.0)
+    seen, stop = learner_view(reward, terminated, truncated, cut_value, 0.5)
+    assert seen.tolist() == [0, 1, -1, 1, 1 + 0.5 * 3, 1]
+    assert stop.tolist() == [False, False, False, True, True, True]
+
+
+def test_a_new_episode_begins_where_the_count_of_frames_falls():
+    began = new_episode(np.array([8, 3, 108_000, 12]), np.array([4, 107_999, 107_996, 400]))
+    assert began.tolist() == [False, True, False, True]
 
 
 def test_td_loss_and_its_gradient():
@@ -145,25 +164,25 @@ def test_greedy_value_ignores_illegal_actions():
     assert greedy_value(torch.tensor([[1.0, 9.0, 2.0]]), legal).tolist() == [2.0]
 
 
-@pytest.mark.parametrize("conv_norm", [True, False])
+@pytest.mark.parametrize("norm", ["all", "linear", "none"])
 @pytest.mark.parametrize(
     "channels, hidden, parameters",
     [((32, 64, 64), (512,), 1_693_362), ((256, 512, 512, 512), (2048, 1024), 35_216_146)],
 )
-def test_network_has_the_papers_size(channels, hidden, parameters, conv_norm):
-    net = AtariNet(channels, hidden, conv_norm)
+def test_network_has_the_papers_size(channels, hidden, parameters, norm):
+    net = AtariNet(channels, hidden, norm)
     # A scale and a shift: what LayerNorm adds.
-    norms = 2 * (sum(channels) * conv_norm + sum(hidden))
+    norms = 2 * (sum(channels) * (norm == "all") + sum(hidden) * (norm != "none"))
     assert sum(p.numel() for p in net.parameters()) == parameters + norms
     scores, features = net(torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8))
     assert scores.shape == (2, 18) and features.shape == (2, hidden[-1]) and (features >= 0).all()
     assert (scores.std(1) > 0).all()  # of equal ones argmax would take the no-op for ever
 
 
-@pytest.mark.parametrize("conv_norm", [True, False])
-def test_rescaled_layers_have_the_size_of_new_ones_and_give_the_same_outputs(conv_norm):
+@pytest.mark.parametrize("norm", ["all", "linear", "none"])
+def test_rescaled_layers_have_the_size_of_new_ones_and_give_the_same_outputs(norm):
     torch.manual_seed(0)
-    net, fresh = (AtariNet((4, 8, 8), (16, 16), conv_norm) for _ in range(2))
+    net, fresh = (AtariNet((4, 8, 8), (16, 16), norm) for _ in range(2))
     with torch.no_grad():
         for weight in net.parameters():  # as if trained: larger, each by another factor
             weight.add_(torch.randn_like(weight), alpha=weight.std().item() + 0.1)
@@ -172,8 +191,10 @@ def test_rescaled_layers_have_the_size_of_new_ones_and_give_the_same_outputs(con
     rescale(net, fresh)
     torch.testing.assert_close(net(obs), before, atol=1e-3, rtol=1e-3)
     for layer, new in zip(net.body, fresh.body, strict=True):
-        if isinstance(layer, torch.nn.Linear) or conv_norm and isinstance(layer, torch.nn.Conv2d):
-            torch.testing.assert_close(layer.weight.norm(), new.weight.norm())
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            followed = norm == "all" or norm == "linear" and isinstance(layer, torch.nn.Linear)
+            size = layer.weight.norm().item()
+            assert (size == pytest.approx(new.weight.norm().item(), rel=1e-4)) == followed
 
 
 def test_screens_converted_before_the_division_give_the_same_features():

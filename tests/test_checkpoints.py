@@ -1,0 +1,109 @@
+"""Checkpoints: damaged, foreign, older, and those that are included."""
+
+import importlib
+import math
+import os
+import pickle
+
+import pytest
+import torch
+
+from common import UserError, load_checkpoint, save_checkpoint
+from helpers import MIMIC, ROOT, TRANSFER, contents, refused
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(copy):
+    good = (copy / "runs/mimic/checkpoint.pt").read_bytes()
+    mimic = load_checkpoint(copy / "runs/mimic", ("mimic",))
+    weight = good.index(mimic["net"]["head.weight"].numpy().tobytes()) + 7
+    for name, content in (
+        ("cut", good[: len(good) // 2]),
+        ("empty", b""),
+        ("noise", os.urandom(500)),
+        ("flipped", good[:2000] + bytes(200) + good[2200:]),
+        ("one-bit", good[:weight] + bytes([good[weight] ^ 1]) + good[weight + 1 :]),
+    ):
+        (copy / f"{name}.pt").write_bytes(content)
+        refused(copy, f"evaluate.py --runs {name}.pt", f"{name}.pt")
+    torch.save({"net": {}}, copy / "foreign.pt")
+    refused(copy, "evaluate.py --runs foreign.pt", "foreign.pt", "not a checkpoint of this project")
+    for part in ("net_args", "marks"):
+        torch.save({k: v for k, v in mimic.items() if k != part}, copy / "part.pt")
+        refused(copy, "evaluate.py --runs part.pt", "part.pt", f"lacks {part}")
+    torch.save(mimic | {"args": None}, copy / "part.pt")
+    refused(copy, "evaluate.py --runs part.pt", "part.pt", "args")
+
+
+def test_checkpoint_whose_weights_do_not_fit_is_refused(copy):
+    mimic = load_checkpoint(copy / "runs/mimic", ("mimic",))
+    mimic["net_args"]["hidden"] = [25]
+    torch.save(mimic, copy / "wide.pt")
+    for command in ("evaluate.py --runs wide.pt", TRANSFER + " --mimic wide.pt"):
+        refused(copy, command, "wide.pt", "widths")
+
+
+@pytest.mark.parametrize("stage", ["mimic", "expert"])
+def test_checkpoint_whose_weights_are_not_finite_is_refused(copy, stage):
+    folder = {"mimic": "mimic", "expert": "expert-pong"}[stage]
+    spoiled = load_checkpoint(copy / "runs" / folder, (stage,))
+    spoiled["net"]["head.bias"][3] = math.nan
+    torch.save(spoiled, copy / "spoiled.pt")
+    other = TRANSFER + " --mimic spoiled.pt --out runs/no"
+    if stage == "expert":
+        other = MIMIC.replace("runs/expert-pong/expert.pt", "spoiled.pt") + " --out runs/no"
+    for command in ("evaluate.py --runs spoiled.pt", other):
+        refused(copy, command, "spoiled.pt", "not finite")
+
+
+def test_malicious_checkpoint_runs_no_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/exploded",)
+
+    for save in (torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb))):
+        save(Bomb(), tmp_path / "bomb.pt")
+        with pytest.raises(UserError):
+            load_checkpoint(tmp_path / "bomb.pt", ("expert",))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    args = importlib.import_module("train_expert").Args()
+    save_checkpoint(tmp_path / "c.pt", args, net={"weight": torch.ones(2)})
+    good = (tmp_path / "c.pt").read_bytes()
+    for weight in (torch.tensor([1.0, torch.nan]), torch.tensor([1e6]).half()):
+        with pytest.raises(UserError, match="not finite"):
+            save_checkpoint(tmp_path / "c.pt", args, net={"weight": weight})
+    assert contents(tmp_path) == {tmp_path / "c.pt": good}
+
+
+def test_experts_that_ship_are_whole():
+    shipped = sorted((ROOT / "experts").glob("*.pt"))
+    assert len(shipped) >= 3
+    for path in shipped:
+        expert = load_checkpoint(path, ("expert",))
+        assert expert["games"] == [path.stem] and path.stat().st_size < 4e6
+        assert {"command", "step", "minutes", "score", "machine"} <= expert.keys()
+        assert all(
+            weight.dtype == torch.half and weight.isfinite().all()
+            for weight in expert["net"].values()
+        )
+
+
+def test_mimics_that_ship_are_whole_and_know_their_experts():
+    shipped = sorted((ROOT / "mimics").glob("*.pt"))
+    assert shipped
+    for path in shipped:
+        mimic = load_checkpoint(path, ("mimic",))
+        assert path.stat().st_size < 4e6
+        assert all(weight.dtype == torch.half for weight in mimic["net"].values())
+        experts = [load_checkpoint(ROOT / expert, ("expert",)) for expert in mimic["experts"]]
+        assert [expert["games"] for expert in experts] == [[game] for game in mimic["games"]]
+        assert [[expert["step"], expert["minutes"]] for expert in experts] == mimic["marks"]
+
+
+def test_wrong_stage_and_garbage_never_reach_the_network(tmp_path):
+    for content in ({"format": "actor-mimic-1", "stage": "mimic"}, ["a list"], torch.zeros(3)):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(UserError):
+            load_checkpoint(tmp_path / "x.pt", ("expert",))
