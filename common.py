@@ -387,7 +387,7 @@ def half(net):
 
 def without_wrappers(weights):
     """Drop what torch.compile and DistributedDataParallel put before the names of a state_dict."""
-    return {re.sub(r"(^|\.)(_orig_mod|module)\.", r"\1", k): v for k, v in weights.items()}
+    return {re.sub(r"(^|\.)((_orig_mod|module)\.)+", r"\1", k): v for k, v in weights.items()}
 
 
 def save_checkpoint(path, args, **contents):

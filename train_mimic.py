@@ -452,8 +452,8 @@ def train(args, run):
             text = f"loss {round_loss:.3f}  "
             if scored:
                 worst = min(scored, key=scored.get)
-                text += f"median {np.median(list(scored.values())):.0f}%, "
-                text += f"worst {worst} {scored[worst]:.0f}% of the expert ({len(scored)} of {G})"
+                text += f"{len(scored)} games: median {np.median(list(scored.values())):.0f}%, "
+                text += f"worst {worst} {scored[worst]:.0f}%"
             run.report(step, row, text)
 
     print(f"done: {run.folder}/mimic.pt; python evaluate.py --runs {run.folder} measures it")

@@ -5,8 +5,8 @@
     python tests/benchmark.py mimic 2        # the mimic of the first 2 experts (without: of all)
 
 First the bare figures: the emulator with random actions, the network acting, the network learning,
-nothing else going on, with the environments and minibatches of the stage's own recipe. Together they give
-the steps/s that a loop without any overhead would reach. Then the stage itself, with the share of
+each alone, with the environments and minibatches of the stage's own recipe. Together they give the
+steps/s that a loop without any overhead would reach. Then the stage itself, with the share of
 its time in each part, and its ratio to that limit. Each stage runs in a process of its own, so
 that the memory is its own as well. `dqn` is what the experts' stage is compared with: the replay
 DQN that many single-file codes share.
@@ -145,11 +145,12 @@ def run_stage(stage, module, **flags):
 
 
 def replay_dqn():
-    """Print the steps/s of replay DQN: one environment, 32 observations every 4 steps, Adam 1e-4, float32.
+    """Print the steps/s of replay DQN: one environment, Adam 1e-4, float32.
 
-    Its published curve (CleanRL's) reaches 18 in Pong after some 3.2M steps. The network is
-    Nature's, the replay holds frames. It is filled with 20,000 steps here, where it
-    would hold a million: what more memory costs in time is not in the figure.
+    It learns from 32 observations every 4 steps. Its published curve (CleanRL's) reaches 18 in
+    Pong after some 3.2M steps. The network is Nature's, the replay holds frames. It is filled with
+    20,000 steps here, where it would hold a million: what more memory costs in time is not in the
+    figure.
     """
     Conv, Linear, ReLU = torch.nn.Conv2d, torch.nn.Linear, torch.nn.ReLU
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from common import UserError, load_checkpoint, save_checkpoint
-from helpers import MIMIC, ROOT, TRANSFER, contents, refused
+from helpers import MIMIC, ROOT, TRANSFER, contents, refused, run
+from train_expert import AtariNet
+from train_mimic import load_expert
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(copy):
@@ -107,3 +109,36 @@ def test_wrong_stage_and_garbage_never_reach_the_network(tmp_path):
         torch.save(content, tmp_path / "x.pt")
         with pytest.raises(UserError):
             load_checkpoint(tmp_path / "x.pt", ("expert",))
+
+
+def test_networks_of_the_first_edition_still_load(copy):
+    """They say conv_norm, or nothing, of their LayerNorm, and do not name their class."""
+    for said, norm in (({"conv_norm": False}, "linear"), ({"conv_norm": True}, "all"), ({}, "all")):
+        net = AtariNet((4, 8), (16,), norm)
+        old = load_checkpoint(copy / "runs/expert-pong/expert.pt", ("expert",))
+        old["net_args"] = {"channels": [4, 8], "hidden": [16], **said}
+        del old["network"]
+        torch.save(old | {"net": net.state_dict()}, copy / "old.pt")
+        expert, loaded = load_expert(copy / "old.pt")
+        assert expert["net_args"]["norm"] == norm and expert["network"] == "AtariNet"
+        obs = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
+        assert torch.equal(loaded(obs)[0], net(obs)[0])
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_prefixes_of_wrapped_networks_are_dropped(copy, prefix):
+    """torch.compile and DistributedDataParallel put them there."""
+    path = copy / "runs/expert-pong/expert.pt"
+    expert, net = load_expert(path)
+    wrapped = {prefix + name: weight for name, weight in expert["net"].items()}
+    torch.save(expert | {"net": wrapped}, path)
+    _, again = load_expert(path)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters()))
+
+
+def test_a_network_of_stage_3_is_an_expert_too(copy):
+    run(copy, TRANSFER)
+    experts = "--experts runs/transfer-breakout-mimic-s1 runs/expert-pong/expert.pt"
+    run(copy, MIMIC + f" {experts} --out runs/of-both")
+    mimic = load_checkpoint(copy / "runs/of-both", ("mimic",))
+    assert mimic["games"] == ["breakout", "pong"]

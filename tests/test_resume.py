@@ -1,17 +1,23 @@
 """What a stop, a crash or a full disk loses, and how a run resumes."""
 
 import importlib
+import os
+import pty
 import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+import common
+import train_expert
 from common import load_checkpoint, load_state, save_checkpoint
 from helpers import (
     EXPERT,
@@ -267,3 +273,125 @@ def test_full_disk_is_one_line_and_keeps_the_old_checkpoint(copy):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert "resumes at step 320" in run(copy, command)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"])
+def test_every_signal_that_ends_a_process_saves_first(copy, name):
+    command = EXPERT + " --game pong --out runs/long --steps 100_000 --report-every 100_000"
+    process = start(copy, command, 1)
+    before = load_checkpoint(copy / "runs/long", ("expert",))["step"]
+    time.sleep(0.5)
+    process.send_signal(getattr(signal, name))
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "the same command resumes at step" in said
+    assert load_checkpoint(copy / "runs/long", ("expert",))["step"] > before
+
+
+def test_a_closed_terminal_saves(copy):
+    """The terminal is gone when the signal comes: printing fails, saving does not."""
+    screen, tty = pty.openpty()
+    command = EXPERT + " --game pong --out runs/long --steps 100_000 --report-every 100_000"
+    argv = [sys.executable, *shlex.split(command)]
+    streams = {"stdin": tty, "stdout": tty, "stderr": tty}
+    process = subprocess.Popen(argv, cwd=copy, start_new_session=True, **streams)
+    os.close(tty)
+    said = b""
+    while b"steps/s" not in said:
+        said += os.read(screen, 10_000)
+    before = load_checkpoint(copy / "runs/long", ("expert",))["step"]
+    os.close(screen)
+    process.send_signal(signal.SIGHUP)
+    process.wait(60)
+    assert load_checkpoint(copy / "runs/long", ("expert",))["step"] > before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(copy):
+    """As under nohup."""
+    command = EXPERT + " --game pong --steps 32 --out runs/nohup"
+    code = f"""
+import os, signal, shlex, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+import common, train_expert
+common.Stop.__exit__ = lambda *_: os.kill(os.getpid(), signal.SIGHUP)
+sys.argv = shlex.split({command!r})
+common.cli(train_expert.main, train_expert.Args)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0 and "stopping" not in done.stdout
+
+
+def test_main_can_be_called_from_a_thread_and_again(tmp_path):
+    """As in a notebook: handlers and the folder's lock go when main returns or raises."""
+    flags = {"num_envs": 2, "rollout": 16, "minibatch": 16, "channels": (4,), "hidden": (8,)}
+    args = train_expert.Args(steps=32, out=str(tmp_path / "t"), device="cpu", **flags)
+    before = signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train_expert.main, args).result()
+    longer = train_expert.Args(steps=64, out=str(tmp_path / "t"), device="cpu", **flags)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_expert, "td_loss", interrupt)
+        with pytest.raises(KeyboardInterrupt) as kept:  # the traceback holds on to main's variables
+            train_expert.main(longer)
+    train_expert.main(longer)
+    assert load_checkpoint(tmp_path / "t", ("expert",))["step"] == 64 and kept
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_log_that_is_open_elsewhere_gets_its_rows_later(copy, monkeypatch, capsys):
+    """Windows refuses to write to a file that a spreadsheet shows."""
+    attempts = []
+
+    def open_log(path, mode="r", **more):
+        if mode == "a+":
+            attempts.append(path)
+            if len(attempts) in (2, 3):
+                raise PermissionError(13, "Permission denied", str(path))
+        return open(path, mode, **more)
+
+    monkeypatch.setattr(common, "open", open_log, raising=False)
+    said = run(copy, EXPERT + " --game pong --out runs/sheet")
+    assert said.count("log.csv is open elsewhere; this row follows with the next report") == 2
+    steps = [int(row["step"]) for row in rows(copy / "runs/sheet/log.csv")]
+    assert steps == [32, 64, 128, 192, 256, 320]
+
+
+def test_a_clock_that_is_set_back_changes_nothing(copy, monkeypatch):
+    hours = iter(range(10_000, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: 3600.0 * next(hours))
+    said = run(copy, EXPERT + " --game pong --out runs/back")
+    minutes = [float(row["minutes"]) for row in rows(copy / "runs/back/log.csv")]
+    assert 0 < minutes[0] and minutes == sorted(minutes) and "-" not in said.split("max Q")[-1]
+
+
+def test_a_run_with_flags_of_another_version_is_not_resumed(copy):
+    path = copy / "runs/expert-pong/checkpoint.pt"
+    expert = torch.load(path)
+    expert["args"]["lanes"] = expert["args"].pop("num_envs")
+    torch.save(expert, path)
+    words = "runs/expert-pong holds a run of another version", "--lanes", "name another --out"
+    refused(copy, EXPERT + " --game pong --steps 640", *words)
+
+
+def test_a_compiled_network_saves_and_resumes_under_its_plain_names(copy):
+    """As if a student had added `net = torch.compile(net)`."""
+    script = copy / "train_expert.py"
+    source, line = script.read_text(), "    target = copy.deepcopy(net)\n"
+    assert source.count(line) == 1
+    compiled = (
+        line + '    net, target = (torch.compile(n, backend="eager") for n in (net, target))\n'
+    )
+    script.write_text(source.replace(line, compiled))
+    command = EXPERT + " --game pong --out runs/fast"
+    for steps in (32, 64):
+        done = call(copy, command.replace("--steps 320", f"--steps {steps}"))
+        assert done.returncode == 0, done.stderr
+    checkpoint = load_checkpoint(copy / "runs/fast", ("expert",))
+    assert checkpoint["step"] == 64 and "resumes at step 32" in done.stdout
+    plain = load_checkpoint(copy / "runs/expert-pong", ("expert",))
+    assert checkpoint["net"].keys() == plain["net"].keys()
+    script.write_text(source)
+    assert "resumes at step 64" in run(copy, command.replace("--steps 320", "--steps 96"))
