@@ -91,8 +91,10 @@ rcParams["text.parse_math"] = False  # a $ in the name of a run is no formula
 
 # Half-widths of a 95% interval of a mean, in standard errors, by number of seeds (Student's t).
 STUDENT_T = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+ARMS = {"mimic": "from the mimic", "control": "from random weights"}  # of transfer.py
+COLOURS = "C0", "C2", "C3", "C4", "C5", "C6", "C8", "C9"  # C1: the paper's, C7: the control
 MEDIAN = "median of all games"  # a panel of the curves, beside those of games
-PAPERS = "paper's, of its own experts"  # a bar of each game
+PAPERS = "the paper's network"  # a bar of each game
 AT_ONCE = 48  # episodes played at a time, or four for each core
 SKIPPED = 300  # steps of each episode before a film begins
 
@@ -544,13 +546,11 @@ def draw_bars(rows, groups, path):
         name = name_of.get(row["network"], row["network"])
         bars[row["game"]].setdefault(name, []).append(row)
     names = list(dict.fromkeys(name for mine in bars.values() for name in mine))
-    lines = math.ceil(len(games) / 4)
-    columns = math.ceil(len(games) / lines)
-    size = 3 + 2.3 * columns, lines * (0.7 + 0.22 * len(names))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
-    for panel in panels[len(games) :]:
-        panel.axis("off")
+    words = {name: name.removeprefix("runs/") for name in names}
+    if len(names) == 2 and PAPERS in names:
+        words[names[0]] = "one network for all games"
+    height = 0.4 + math.ceil(len(games) / 2) * (0.4 + 0.28 * len(names))
+    figure, panels = make_panels(len(games), 2, (8.5, height), sharex=True, sharey=True)
     for panel, game in zip(panels, games):
         for name, seeds in bars[game].items():
             place, percents = names.index(name), [row["% expert"] for row in seeds]
@@ -562,16 +562,26 @@ def draw_bars(rows, groups, path):
             end, text = (max(0, *percents), place), f"{np.mean(percents):.0f}% ({score})"
             white = {"facecolor": "white", "edgecolor": "none", "pad": 0}
             beside = {"xytext": (3, -2.5), "textcoords": "offset points"}
-            panel.annotate(text, end, **beside, fontsize=7, bbox=white)
+            panel.annotate(text, end, **beside, fontsize=9, bbox=white)
         panel.axvline(100, color="grey", linewidth=0.8)
-        panel.set_title(game.replace("_", " "), fontsize=10)
-        panel.set_yticks(range(len(names)), [name.removeprefix("runs/") for name in names])
-        panel.tick_params(labelsize=8)
-    panel.margins(x=0.55)
+        panel.set_title(game.replace("_", " ").title(), fontsize=10)
+        panel.set_yticks(range(len(names)), words.values())
+        panel.spines[["top", "right"]].set_visible(False)
+    panel.margins(x=0.4)
     panel.invert_yaxis()
-    figure.supxlabel("% of the expert (score)", fontsize=9)
+    figure.supxlabel("% of the expert (score)", fontsize=10)
     save_figure(figure, path)
     return True
+
+
+def make_panels(count, columns, size, **more):
+    """Make a figure of a size in inches with some panels; returns it and the list of them."""
+    columns = min(count, columns)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False, **more).flat)
+    for panel in panels[count:]:
+        panel.axis("off")
+    return figure, panels[:count]
 
 
 def save_figure(figure, path):
@@ -623,7 +633,7 @@ def group_curves(paths):
 
 
 def half_width(values):
-    """Half the 95 % interval (Student's t) of a mean of 3 seeds or more: (seeds, ...) -> (...)."""
+    """Half the 95% interval (Student's t) of a mean of 3 seeds or more: (seeds, ...) -> (...)."""
     return STUDENT_T.get(len(values), 2.26) * values.std(0, ddof=1) / math.sqrt(len(values))
 
 
@@ -637,7 +647,7 @@ def mean_over_run(steps, scores):
 def print_curves(groups):
     """Print each curve's mean over the run, more where learning is early, and its last score.
 
-    groups: as of group_curves. Three seeds or more have 95 % intervals.
+    groups: as of group_curves. Three seeds or more have 95% intervals.
     """
     for game, curves in groups.items():
         for label, seeds in curves.items() if game != MEDIAN else ():  # that one is over minutes
@@ -659,22 +669,20 @@ def print_curves(groups):
 def draw_curves(groups, path):
     """Draw score against steps, a panel per game; seeds are thin lines, their mean is a thick one.
 
-    Three seeds or more have its 95 % interval, too. The mean is drawn where all seeds have a score.
+    Three seeds or more have its 95% interval, too. The mean is drawn where all seeds have a score.
     """
-    lines = math.ceil(len(groups) / 4)
-    columns = math.ceil(len(groups) / lines)
-    figure = Figure(figsize=(4.5 * columns, 3.4 * lines), layout="constrained")
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for panel in panels[len(groups) :]:
-        panel.axis("off")
+    size = 3.4 * min(3, len(groups)), 2.7 * math.ceil(len(groups) / 3)
+    figure, panels = make_panels(len(groups), 3, size)
     shown = []  # the legend of the panel before
     for panel, (game, curves) in zip(panels, groups.items()):
+        colours = iter(COLOURS)
         for label, seeds in curves.items():
             steps = max((steps for steps, _, _ in seeds), key=len)
             scores = np.stack([np.interp(steps, x, y, np.nan, np.nan) for x, y, _ in seeds])
-            name = label.removesuffix(f"-{game}")  # expert-pong: the title says pong
+            name = ARMS.get(label.removeprefix(f"transfer-{game}-"), label.removesuffix(f"-{game}"))
+            colour = "C7" if name == ARMS["control"] else next(colours, "black")
             name = f"{name} ({len(seeds)} seeds)" if len(seeds) > 1 else name
-            (line,) = panel.plot(steps, scores.mean(0), label=name)
+            (line,) = panel.plot(steps, scores.mean(0), color=colour, label=name)
             if len(seeds) > 1:
                 for x, y, _ in seeds:
                     panel.plot(x, y, color=line.get_color(), linewidth=0.5)
@@ -690,7 +698,7 @@ def draw_curves(groups, path):
             label = "paper's expert, at its end"
             panel.axhline(PAPER[game][0], color="grey", linestyle="dashed", label=label)
         x, y = ("minutes", "% of the expert") if game == MEDIAN else ("steps", "score in training")
-        panel.set(title=game.replace("_", " "), xlabel=x, ylabel=y)
+        panel.set(title=game.replace("_", " ").title(), xlabel=x, ylabel=y)
         _, names = panel.get_legend_handles_labels()
         if names != shown:  # else it would repeat that of the panel before
             panel.legend(fontsize=8)
