@@ -93,6 +93,8 @@ rcParams["text.parse_math"] = False  # a $ in the name of a run is no formula
 STUDENT_T = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 ARMS = {"mimic": "from the mimic", "control": "from random weights"}  # of transfer.py
 COLOURS = "C0", "C2", "C3", "C4", "C5", "C6", "C8", "C9"  # C1: the paper's, C7: the control
+LINE = "{:15} {:36} {:>9} {:>9} {:>7} {:>14}"
+HEADING = LINE.format("game", "network", "score", "expert", "%", "95% interval")
 MEDIAN = "median of all games"  # a panel of the curves, beside those of games
 PAPERS = "the paper's network"  # a bar of each game
 AT_ONCE = 48  # episodes played at a time, or four for each core
@@ -316,20 +318,20 @@ def play(players, args, device, stop):
     free, total = max(AT_ONCE, 4 * common.cores()), args.episodes * len(player_of)
     started, over, steps = time.monotonic(), 0, 0
     while over < total and not stop.asked:
-        chosen, missing = [], []
-        while free > len(chosen) and any(waiting.values()):
+        new = []  # keys of episodes for which no emulator is idle
+        while free and any(waiting.values()):
             key = max((k for k in waiting if waiting[k]), key=lambda k: (longest[k], waiting[k]))
             waiting[key] -= 1
-            chosen.append(key)
+            free -= 1
             if idle[key[1:]]:
                 running[key[0]].append((key, idle[key[1:]].pop()))
             else:
-                missing.append(key)
-        seeds = [torch.randint(2**31 - 1, (), generator=rng).item() for _ in missing]
-        wanted = [(*key[1:], seed) for key, seed in zip(missing, seeds)]
-        for key, game in zip(missing, start_games(wanted)):
-            running[key[0]].append((key, game))
-        free -= len(chosen)
+                new.append(key)
+        if new:
+            seeds = torch.randint(2**31 - 1, (len(new),), generator=rng).tolist()
+            games = start_games([(*key[1:], seed) for key, seed in zip(new, seeds)])
+            for key, game in zip(new, games):
+                running[key[0]].append((key, game))
         # One network after the other, all its episodes at once; meanwhile others' emulators work.
         for player in players:
             for key, game in list(running[player.label]):
@@ -414,8 +416,6 @@ def make_row(key, player, results, args):
     interval = (math.nan,) * 3
     if expert is not None and well_above_zero(expert[None, None]):
         interval = bootstrap(np.mean, scores[None, None], expert[None, None])
-    elif expert is not None and expert.mean() > 0:
-        interval = 100 * scores.mean() / expert.mean(), math.nan, math.nan
     return {
         "network": label,
         "game": game,
@@ -440,23 +440,14 @@ def make_row(key, player, results, args):
     }
 
 
-def print_row(row=None):
-    """Print a row of the table in at most 100 columns; without one, the heading."""
-
-    def show(value):
-        digits = 0 if abs(value) >= 1_000 else 1
-        return "-" if math.isnan(value) else f"{value:,.{digits}f}"
-
-    cells = "game", "network", "score", "expert", "%", "95% interval"
-    if row:
-        label = row["network"] + (f" sticky {row['sticky']:g}" if row["sticky"] else "")
-        label = label if len(label) <= 36 else "..." + label[-33:]
-        numbers = [show(row[column]) for column in ("mean", "expert", "% expert")]
-        interval = "" if math.isnan(row["low"]) else f"{row['low']:.0f} to {row['high']:.0f}"
-        cells = row["game"], label, *numbers, interval
-    game, label, *numbers = cells
-    score, expert, of_expert, interval = numbers
-    common.show(f"{game:15} {label:36} {score:>9} {expert:>9} {of_expert:>7} {interval:>14}")
+def print_row(row):
+    """Print a row of the table in at most 100 columns, under HEADING."""
+    label = row["network"] + (f" sticky {row['sticky']:g}" if row["sticky"] else "")
+    label = label if len(label) <= 36 else "..." + label[-33:]
+    values = [row[column] for column in ("mean", "expert", "% expert")]
+    cells = [f"{v:,.0f}" if abs(v) >= 1_000 else f"{v:.1f}" for v in values]
+    cells.append(f"{row['low']:.0f} to {row['high']:.0f}" if row["low"] == row["low"] else "")
+    common.show(LINE.format(row["game"], label, *(cell.replace("nan", "-") for cell in cells)))
 
 
 def group_seeds(players, results, sticky):
@@ -554,15 +545,12 @@ def draw_bars(rows, groups, path):
     for panel, game in zip(panels, games):
         for name, seeds in bars[game].items():
             place, percents = names.index(name), [row["% expert"] for row in seeds]
-            panel.barh(place, np.mean(percents), color="C1" if name == PAPERS else "C0")
-            if len(seeds) > 1:
-                panel.plot(percents, [place] * len(seeds), ".", color="black", markersize=4)
             mean = np.mean([row["mean"] for row in seeds])
             score = f"{mean:,.0f}" if abs(mean) >= 100 else f"{mean:.1f}"
-            end, text = (max(0, *percents), place), f"{np.mean(percents):.0f}% ({score})"
-            white = {"facecolor": "white", "edgecolor": "none", "pad": 0}
-            beside = {"xytext": (3, -2.5), "textcoords": "offset points"}
-            panel.annotate(text, end, **beside, fontsize=9, bbox=white)
+            bar = panel.barh(place, np.mean(percents), color="C1" if name == PAPERS else "C0")
+            panel.bar_label(bar, [f"{np.mean(percents):.0f}% ({score})"], padding=8, fontsize=9)
+            if len(seeds) > 1:
+                panel.plot(percents, [place] * len(seeds), ".", color="black", markersize=4)
         panel.axvline(100, color="grey", linewidth=0.8)
         panel.set_title(game.replace("_", " ").title(), fontsize=10)
         panel.set_yticks(range(len(names)), words.values())
@@ -806,33 +794,35 @@ def measure(players, args, device, stop, table):
     by_label = {player.label: player for player in players}
     named = {"random", *(str(Path(path)) for path in args.runs)}
     results, rows = {}, {}  # {(label, game, sticky): scores}, {the same: row of the table}
+
+    def add_rows(all_of_them):
+        for key in [key for key in results if key not in rows]:
+            label, game, sticky = key
+            expert = by_label[label].experts.get(game)
+            if expert is None or (expert, game, sticky) in results or all_of_them:
+                rows[key] = make_row(key, by_label[label], results, args)
+                write_csv(list(rows.values()), table)  # before it prints: `| head` may have left
+                if label in named:
+                    print_row(rows[key])
+
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))  # the other cores are for the emulators
-    print_row()
+    common.show(HEADING)
     for key, scores in play(players, args, device, stop):
         results[key] = scores
-        for label, game, sticky in [key for key in results if key not in rows]:
-            player = by_label[label]
-            if game in player.experts and (player.experts[game], game, sticky) not in results:
-                continue  # its expert still plays
-            row = make_row((label, game, sticky), player, results, args)
-            rows[label, game, sticky] = row
-            write_csv(list(rows.values()), table)  # before it prints: `| head` may have left
-            if label in named:
-                print_row(row)
+        add_rows(all_of_them=False)
     torch.set_num_threads(threads)
+    add_rows(all_of_them=True)  # after a stop, without experts whose episodes are not over
     if stop.asked:
-        common.show(f"stopped; {len(rows)} complete rows are in {table}")
-    if not rows:
-        return
-    for sticky in args.sticky:
+        common.show(f"stopped; {table} has {len(rows)} rows that are complete")
+    for sticky in args.sticky if rows else ():
         print_summary(players, results, sticky)
     shown = [row for row in rows.values() if row["sticky"] == args.sticky[0]]
     groups = group_seeds(players, results, args.sticky[0])
-    drawn = draw_bars(shown, groups, table.with_suffix(".png"))
-    common.show(
-        f"wrote {table}" + (" and .png" if drawn else "; no bars: no expert to compare with")
-    )
+    if shown:
+        drawn = draw_bars(shown, groups, table.with_suffix(".png"))
+        why = " and .png" if drawn else "; no bars: no expert to compare with"
+        common.show(f"wrote {table}{why}")
 
 
 if __name__ == "__main__":
