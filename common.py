@@ -614,8 +614,8 @@ class Run:
         show(
             f"{self.folder} {begins} of {self.args.steps:,} ({4 * self.args.steps:,} frames)\n"
             f"{parameters:,} parameters in {'bfloat16' if autocast._enabled else 'float32'} on "
-            f"{device} ({torch.get_num_threads()} threads), {buffer_bytes / 1e6:,.0f} MB of "
-            "observations; speed and time left follow with the second report"
+            f"{device}, {torch.get_num_threads()} threads, {buffer_bytes / 1e6:,.0f} MB of "
+            "observations"
         )
 
     def trim_log(self):

@@ -547,8 +547,10 @@ def draw_bars(rows, groups, path):
             place, percents = names.index(name), [row["% expert"] for row in seeds]
             mean = np.mean([row["mean"] for row in seeds])
             score = f"{mean:,.0f}" if abs(mean) >= 100 else f"{mean:.1f}"
-            bar = panel.barh(place, np.mean(percents), color="C1" if name == PAPERS else "C0")
-            panel.bar_label(bar, [f"{np.mean(percents):.0f}% ({score})"], padding=8, fontsize=9)
+            panel.barh(place, np.mean(percents), color="C1" if name == PAPERS else "C0")
+            end = {"xytext": (5, 0), "textcoords": "offset points", "verticalalignment": "center"}
+            text = f"{np.mean(percents):.0f}% ({score})"
+            panel.annotate(text, (max(0, *percents), place), fontsize=9, **end)
             if len(seeds) > 1:
                 panel.plot(percents, [place] * len(seeds), ".", color="black", markersize=4)
         panel.axvline(100, color="grey", linewidth=0.8)

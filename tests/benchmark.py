@@ -1,15 +1,16 @@
-"""Measure the speed of the three training stages against what this machine could do at best.
+"""Measure the speed of training and evaluation against what this machine could do at best.
 
-    python tests/benchmark.py                # all of them, about eight minutes
-    python tests/benchmark.py transfer       # one of: expert, mimic, transfer, dqn
+    python tests/benchmark.py                # all of them, about twelve minutes
+    python tests/benchmark.py transfer       # one of: expert, mimic, transfer, evaluate, dqn
     python tests/benchmark.py mimic 2        # the mimic of the first 2 experts (without: of all)
 
 First the bare figures: the emulator with random actions, the network acting, the network learning,
 each alone, with the environments and minibatches of the stage's own recipe. Together they give the
 steps/s that a loop without any overhead would reach. Then the stage itself, with the share of
 its time in each part, and its ratio to that limit. Each stage runs in a process of its own, so
-that the memory is its own as well. `dqn` is what the experts' stage is compared with: the replay
-DQN that many single-file codes share.
+that the memory is its own as well. `evaluate` is the table of an included mimic and its eight
+experts, 30 episodes of each, cut at 4,000 frames. `dqn` is what the experts' stage is compared
+with: the replay DQN that many single-file codes share.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ import common  # before torch: it sets what torch reads when it loads
 
 import torch
 
+import evaluate
 import train_expert
 import train_mimic
 import transfer
@@ -130,7 +132,7 @@ def run_stage(stage, module, **flags):
     timer.wrap(
         module.AtariNet,
         "forward",
-        lambda: "acting" if torch.is_inference_mode_enabled() else "learning",
+        lambda: "learning" if torch.is_grad_enabled() else "acting",
     )
     timer.wrap(torch.Tensor, "backward", "learning")
     timer.wrap(optimizer, "step", "learning")
@@ -142,6 +144,41 @@ def run_stage(stage, module, **flags):
     shares = ", ".join(f"{key} {share:.2f}" for key, share in parts.items())
     print(f"  share of time: {shares}, rest {1 - sum(parts.values()):.2f}")
     return STEPS[stage] / total
+
+
+def full_table():
+    """Print the steps/s of evaluate.py and their share of the limit: a mimic and its eight experts.
+
+    The limit has as many emulators as evaluate.py, half of them with the mimic and half with the
+    experts, an eighth of that half each.
+    """
+    device, half = torch.device("cpu"), evaluate.AT_ONCE // 2
+    autocast = common.pick_autocast("auto", device)
+    args = evaluate.Args(runs=(str(ROOT / "mimics/mimic-s1.pt"),))
+    players = evaluate.load_players(args, device)
+    games = players[0].games
+    emulator = bare_emulator(games, evaluate.AT_ONCE // len(games))
+    mimic = bare_network(train_mimic.Args(), half, False, autocast)
+    experts = bare_network(train_expert.Args(), half // len(games), False, autocast)
+    limit = 1 / (1 / emulator + 0.5 / mimic + 0.5 / experts)
+    bare = f"mimic acting {mimic:,.0f}, experts {experts:,.0f} observations/s"
+    print(f"  bare: emulator {emulator:,.0f} steps/s, {bare}")
+    evaluate.make_envs = functools.partial(make_envs, max_frames=4_000)
+    steps, receive = 0, evaluate.Game.receive
+
+    def count(game):
+        nonlocal steps
+        steps += game.sent
+        return receive(game)
+
+    evaluate.Game.receive = count
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # as evaluate.py does
+    start = time.perf_counter()
+    with torch.no_grad(), autocast:
+        list(evaluate.play(players, args, device, common.Stop()))
+    speed = steps / (time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"  {speed:,.0f} steps/s, {speed / limit:.2f} of the limit {limit:,.0f}; {peak:.2f} GB")
 
 
 def replay_dqn():
@@ -193,13 +230,14 @@ def replay_dqn():
 
 def main(stage, count=None):
     games_fit = count is None or (stage == "mimic" and count > 0)
-    if stage not in (*STEPS, "dqn") or not games_fit:
+    if stage not in (*STEPS, "evaluate", "dqn") or not games_fit:
         sys.exit(__doc__)
     common.keep_freed_memory()
     autocast = common.pick_autocast("auto", torch.device("cpu"))
     print(f"{stage}: {common.machine()}, {torch.get_num_threads()} threads")
-    if stage == "dqn":
-        return replay_dqn()
+    if stage in ("evaluate", "dqn"):
+        full_table() if stage == "evaluate" else replay_dqn()
+        return
     experts = sorted((ROOT / "experts").glob("*.pt"))[:count]
     if stage == "mimic":
         args, expert = train_mimic.Args(), train_expert.Args()
@@ -248,5 +286,5 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         main(sys.argv[1], *map(int, sys.argv[2:]))
     else:
-        for stage in (*STEPS, "dqn"):
+        for stage in (*STEPS, "evaluate", "dqn"):
             subprocess.run([sys.executable, __file__, stage], check=True)
