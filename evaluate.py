@@ -669,7 +669,8 @@ def draw_curves(groups, path):
         for label, seeds in curves.items():
             steps = max((steps for steps, _, _ in seeds), key=len)
             scores = np.stack([np.interp(steps, x, y, np.nan, np.nan) for x, y, _ in seeds])
-            name = ARMS.get(label.removeprefix(f"transfer-{game}-"), label.removesuffix(f"-{game}"))
+            arm = label.removeprefix(f"transfer-{game}-")
+            name = ARMS.get(arm, arm) if arm != label else label.removesuffix(f"-{game}")
             colour = "C7" if name == ARMS["control"] else next(colours, "black")
             name = f"{name} ({len(seeds)} seeds)" if len(seeds) > 1 else name
             (line,) = panel.plot(steps, scores.mean(0), color=colour, label=name)

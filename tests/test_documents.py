@@ -1,93 +1,296 @@
-"""Every command that is written down parses, and tables say what their files hold."""
+"""Commands and links work, tables say what their files hold, and the documents stay short."""
 
-import ast
 import importlib
 import re
 import shlex
 import shutil
 import statistics
+from collections import Counter
 
 import pytest
+import torch
+from torch import nn
 
-from common import load_checkpoint, parse_args
+import train_mimic
+from common import parse_args
 from evaluate import PAPER, group_curves, mean_over_run, print_curves, read_log
 from helpers import ROOT, SCRIPTS, agrees, call_all, rows, table_line
 
-
-def test_the_readme_shows_one_picture_under_the_mask_of_each_game(copy):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
-    (copy / "masks.py").write_text(code + "    print(logits.tolist())\n")
-    (copy / "mimics").mkdir()
-    shutil.copy(copy / "runs/mimic/mimic.pt", copy / "mimics/mimic-s1.pt")
-    (said,) = call_all(copy, ["masks.py"])
-    pong, first, boxing, second = said.splitlines()
-    assert first == second and pong.startswith("pong ") and boxing.startswith("boxing ")
-    scores = ast.literal_eval(first)[0]
-    legal = load_checkpoint(copy / "runs/expert-pong/expert.pt", ("expert",))["legal"]
-    assert int(pong.split()[1]) == max(legal, key=lambda action: scores[action])
-    assert int(boxing.split()[1]) == max(range(18), key=lambda action: scores[action])
+GUIDES = ["README.md", "results/README.md"]
+GUIDES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 
 
-@pytest.mark.parametrize(
-    "path", ["README.md", "results/README.md", *(f"{name}.py" for name in SCRIPTS)]
-)
+def read(path):
+    return (ROOT / path).read_text()
+
+
+def prose(path):
+    """A document without its code, whose comments and calls look like headings and links."""
+    return re.sub(r"^```.*?^```$", "", read(path), flags=re.M | re.S)
+
+
+def section(path, heading):
+    """What follows a heading, up to the next one of any level."""
+    return re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", prose(path), re.M | re.S)[1]
+
+
+def table(path, heading, columns):
+    """The lines of the table with these first columns, each a list of cells."""
+    lines = section(path, heading).split(columns)[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in lines]
+
+
+def python_blocks(path):
+    return re.findall(r"^```python\n(.*?)^```$", read(path), re.M | re.S)
+
+
+def numbers(text):
+    return re.findall(r"-?\d[\d.,]*\d|\d", text)
+
+
+def all_agree(cells, wanted):
+    """As many cells as wanted numbers, and each agrees."""
+    wanted = list(wanted)
+    return len(cells) == len(wanted) and all(map(agrees, cells, wanted))
+
+
+def mean(seeds, column):
+    return sum(float(row[column]) for row in seeds) / len(seeds)
+
+
+# Length, links, commands and snippets
+
+
+@pytest.mark.parametrize("path, words, lines", [("README.md", 1400, 180), (GUIDES[1], 4500, 700)])
+def test_a_document_stays_short(path, words, lines):
+    text = read(path)
+    assert len(text.split()) <= words and len(text.splitlines()) <= lines
+
+
+def anchors(path):
+    """What GitHub makes of the headings: small letters and hyphens, -1 for a second of a name."""
+    seen = Counter()
+    for heading in re.findall(r"^#+ (.*)$", prose(path), re.M):
+        name = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        yield f"{name}-{seen[name]}" if seen[name] else name
+        seen[name] += 1
+
+
+@pytest.mark.parametrize("path", GUIDES)
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(path))
+    assert links
+    for link in links:
+        file, _, anchor = link.partition("#")
+        if ":" not in file:  # not on the web
+            target = (ROOT / path).parent / file if file else ROOT / path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def written_commands(text):
+    """The command lines of the scripts in a text; an xargs line is one for each of its runs."""
+    scripts = rf"(?:{'|'.join(SCRIPTS)})\.py"
+    xargs = rf"echo (.*?) \| .*xargs .*-n (\d+) python ({scripts})$"
+    for words, count, script in re.findall(xargs, text, re.M):
+        words, count = words.split(), int(count)
+        assert len(words) % count == 0, words
+        yield from ([script, *words[i : i + count]] for i in range(0, len(words), count))
+    for command in re.findall(rf'python ({scripts}[^#\n&`;"|]*)', text):
+        yield shlex.split(re.sub(r"\$\w+", "1", command).rstrip(" .,)"))  # $: a shell's variable
+
+
+@pytest.mark.parametrize("path", [*GUIDES, *(f"{name}.py" for name in SCRIPTS)])
 def test_every_command_that_is_written_down_parses(path):
-    text = (ROOT / path).read_text()
-    commands = re.findall(
-        r'python ((?:train_expert|train_mimic|transfer|evaluate)\.py[^#\n&`;"]*)', text
-    )
-    assert commands
-    for command in commands:
-        command = re.sub(r"\$\w+", "1", command)  # a shell's loop variable
-        script, *flags = shlex.split(command.rstrip(" |.,)"))
-        shipped = "experts/", "mimics/", "results/"
-        files = [f for f in flags if f.startswith(shipped) and "*" not in f]
-        assert all((ROOT / file).exists() for file in files), command
+    commands = list(written_commands(read(path)))
+    assert commands or path == "docs/differences.md"
+    for script, *flags in commands:
+        included = "experts/", "mimics/", "results/"
+        files = [flag for flag in flags if flag.startswith(included) and "*" not in flag]
+        assert all((ROOT / file).exists() for file in files), flags
         parse_args(importlib.import_module(script.removesuffix(".py")).Args, flags)
 
 
-def test_the_tables_of_the_readme_say_what_the_files_in_results_hold():
-    mimics, rest = (ROOT / "README.md").read_text().split("## The files")
-    experts = rest.split("\n**2. ")[0]
-    table = [row for row in rows(ROOT / "results/mimic.csv") if "mimic-s" in row["network"]]
+def test_the_snippets_of_the_readme_run(copy):
+    (copy / "mimics").mkdir()
+    shutil.copy(copy / "runs/mimic/mimic.pt", copy / "mimics/mimic-s1.pt")
+    blocks = python_blocks("README.md")
+    for i, block in enumerate(blocks):
+        (copy / f"snippet{i}.py").write_text(block)
+    said = call_all(copy, [f"snippet{i}.py" for i in range(len(blocks))])
+    assert train_mimic.legal_actions("pong")[int(said[-1])]  # the last one plays
+
+
+def test_an_expert_of_another_library_becomes_ours(copy):
+    layers = []
+    for width, out, kernel, stride in ((4, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)):
+        layers += [nn.Conv2d(width, out, kernel, stride), nn.ReLU()]
+    plain = nn.Sequential(*layers, nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, 6))
+    weights = {f"network.{name}": weight for name, weight in plain.state_dict().items()}
+    torch.save(weights, copy / "dqn.pt")
+    (block,) = python_blocks("docs/guide.md")
+    (copy / "convert.py").write_text(block)
+    call_all(copy, ["convert.py"])
+    expert, net = train_mimic.load_expert(copy / "experts-mine/pong.pt")
+    obs = torch.randint(256, (8, 4, 84, 84), generator=torch.Generator().manual_seed(0)).byte()
+    with torch.no_grad():
+        q_values, _ = net(obs)
+        assert torch.allclose(q_values[:, expert["legal"]], plain(obs / 255), atol=1e-4)
+
+
+# Tables: stage 1
+
+
+def test_the_table_of_experts():
+    included = rows(ROOT / "results/experts.csv")
+    assert len(included) == len(PAPER)
+    for row in included:
+        game, score = row["game"], float(row["mean"])
+        flags, minutes, trained, *cells = table_line(section("results/README.md", "Results"), game)
+        wanted = score, 100 * score / float(row["paper_dqn"]), row["sticky 0.25"]
+        assert all_agree(cells, wanted), game
+        log = read_log(ROOT / f"results/expert-{game}.csv")
+        assert agrees(trained, log[f"{game}_score"][-1]), game
+        steps = re.search(r"--steps ([\d_]+)", flags)
+        assert abs(log["step"][-1] - (int(steps[1]) if steps else 1_200_000)) < 1024, game
+        if game != "pong":  # its log has a pause
+            assert agrees(minutes, log["minutes"][-1]), game
+
+
+def test_the_table_of_the_experts_choices():
+    lines = table("results/README.md", "What a choice is worth", "| flags |")
+    notes = {
+        "--norm none": "without LayerNorm",
+        "--norm linear": "LayerNorm after the linear layer alone",
+        "torch's own first weights": "torch's own first weights",
+    }  # as the file has them, without today's flags
+    file = rows(ROOT / "results/expert_recipe.csv")
+    runs = [row for row in file if "--steps 300_000" in row["flags"]]
+    for choice, *scores, dead in lines:
+        choice = choice.strip("`").replace("(none)", "")
+        flags = f"--steps 300_000 {'' if choice in notes else choice}".strip()
+        same = flags, notes.get(choice, "")
+        seeds = [row for row in runs if (row["flags"], row["note"]) == same]
+        for game, cell in zip(("breakout", "seaquest", "space_invaders"), scores, strict=True):
+            own = [row["score"] for row in seeds if row["game"] == game]
+            assert len(own) == 2 and all_agree(cell.split(", "), own), (choice, game)
+        ends = [100 * extreme(float(row["dead"]) for row in seeds) for extreme in (min, max)]
+        assert all_agree(dead.split(" to "), ends), choice
+    assert len(lines) * 6 == len(runs) >= 24
+
+
+def test_the_table_of_untuned_games():
+    lines = table("results/README.md", "Games that nobody tuned for", "| game |")
+    for row, (_, trained, *cells) in zip(rows(ROOT / "results/untuned.csv"), lines, strict=True):
+        log = read_log(ROOT / f"results/untuned-{row['game']}.csv")
+        assert agrees(trained, log[f"{row['game']}_score"][-1]), row
+        assert all_agree(cells, (row["mean"], row["% human"], row["dqn_2015"])), row
+
+
+def test_the_table_of_pong():
+    lines = table("results/README.md", "Pong from scratch", "| flags besides")
+    names = "pong", "pong-long", "pong-copy", "pong-copy-long"
+    for name, (_, steps, trained, *measured) in zip(names, lines, strict=True):
+        logs = [read_log(ROOT / f"results/{name}-s{seed}.csv") for seed in (1, 2, 3)]
+        assert all(abs(log["step"][-1] - float(steps[:-1]) * 1e6) < 1024 for log in logs)
+        assert all_agree(trained.split(", "), (log["pong_score"][-1] for log in logs))
+        for cell in measured:
+            if cell != "-":
+                scores, file = re.fullmatch(r"\[(.*)\]\((.*)\)", cell).groups()
+                seeds = [row["mean"] for row in rows(ROOT / "results" / file)]
+                assert all_agree(scores.split(", "), seeds), cell
+
+
+# Tables: stage 2
+
+
+def test_the_tables_of_the_mimic():
+    measured = [row for row in rows(ROOT / "results/mimic.csv") if "mimic-s" in row["network"]]
+    front, notebook = section("README.md", "Results"), read("results/README.md")
+    notebook, printed = notebook.split("## The mimic")[1].split("```text")[:2]
+    percents = []
     for game, (paper_expert, paper_amn) in PAPER.items():
-        seeds = [row for row in table if row["game"] == game]
-        expert, mean, percent, interval, each, *paper = table_line(mimics, game)
-        assert agrees(expert, seeds[0]["expert"]), game
-        assert agrees(mean, sum(float(row["mean"]) for row in seeds) / len(seeds)), game
-        assert agrees(percent, sum(float(row["% expert"]) for row in seeds) / len(seeds)), game
-        for cell, row in zip(each.split(", "), seeds, strict=True):
-            assert agrees(cell, row["% expert"]), game
+        seeds = [row for row in measured if row["game"] == game]
+        expert, score, percent, interval, each, *paper = table_line(notebook, game)
+        own = seeds[0]["expert"], mean(seeds, "mean"), mean(seeds, "% expert")
+        assert all_agree((expert, score, percent), own), game
+        assert all_agree(each.split(", "), (row["% expert"] for row in seeds)), game
         # The interval is in no file, but in what evaluate.py printed.
-        ends = re.search(rf"  {game}: .* interval (.*) to (.*)\)", mimics).groups()
-        assert all(map(agrees, interval.split(" to "), ends)), game
+        ours, *ends = re.search(rf"^  {game} (.*) \((.*) to (.*)\)$", printed, re.M).groups()
+        assert agrees(ours, own[2]) and all_agree(interval.split(" to "), ends), game
         wanted = paper_expert, paper_amn, 100 * paper_amn / paper_expert
-        assert len(paper) == 3 and all(map(agrees, paper, wanted)), game
-    table = rows(ROOT / "results/experts.csv")
-    assert len(table) == len(PAPER)
-    for row in table:
-        *_, score, paper, percent, sticky = table_line(experts, row["game"])
-        assert agrees(score, row["mean"]) and agrees(sticky, row["sticky 0.25"]), row["game"]
-        assert agrees(paper, row["paper_dqn"]), row["game"]
-        assert agrees(percent, 100 * float(row["mean"]) / float(row["paper_dqn"])), row["game"]
+        assert all_agree(paper, wanted) and len(seeds) == 3, game
+        assert table_line(front, game) == [expert, score, percent, interval, paper[2]], game
+        percents.append(own[2])
+    median = re.search(r"% of expert\n  median (\S+)", printed)[1]
+    assert agrees(median, statistics.median(percents))
 
 
-def test_what_the_readmes_say_of_transfer_is_in_its_files(capsys):
+def test_the_table_of_other_lengths():
+    lines = table("results/README.md", "Other lengths and flags", "| flags |")
+    for run, _, median, *cells in lines:
+        percents = {}  # {network: {game: % of the expert}}
+        for row in rows(ROOT / "results" / re.search(r"\]\((.*?\.csv)\)", run)[1]):
+            percents.setdefault(row["network"], {})[row["game"]] = float(row["% expert"])
+        seeds = [by_game for by_game in percents.values() if len(by_game) == 8]
+        assert len(seeds) == 1 + ("two seeds" in run), run
+        means = {game: statistics.mean(seed[game] for seed in seeds) for game in PAPER}
+        assert agrees(median, statistics.median(means.values())), run
+        for game, cell in zip(("breakout", "seaquest", "space_invaders"), cells, strict=True):
+            assert agrees(cell, means[game]), (run, game)
+    assert len(lines) >= 8
+
+
+def test_the_table_of_ablations():
+    lines = table("results/README.md", "What the paper's ideas are worth", "| row |")
+    file = rows(ROOT / "results/mimic_ablations.csv")
+    for name, *cells in lines:
+        for game, cell in zip(("breakout", "seaquest"), cells, strict=True):
+            networks = [f"runs/ablation/{name}-s{seed}" for seed in (1, 2)]
+            seeds = [row for row in file if row["network"] in networks and row["game"] == game]
+            score, percent = re.match(r"([\d,]+) \((\d+)%, \d+ to \d+\)$", cell).groups()
+            assert len(seeds) == 2 and agrees(score, mean(seeds, "mean")), (name, game)
+            assert agrees(percent, mean(seeds, "% expert")), (name, game)
+    assert 4 * len(lines) == sum(row["network"].startswith("runs/ablation/") for row in file)
+
+
+def test_the_table_of_numbers_of_games():
+    lines = table("results/README.md", "1, 2, 4 and 8 games", "| games |")
+    file = rows(ROOT / "results/mimic_games.csv")
+    for count, minutes, per_game, *cells, median in lines:
+        seeds = [row for row in file if row["network"].startswith(f"runs/games/{count}-game")]
+        by_game = {}
+        for row in seeds:
+            by_game.setdefault(row["game"], []).append(row)
+        means = {game: mean(own, "% expert") for game, own in by_game.items()}
+        assert len(means) == int(count) == len(seeds) / 2
+        assert abs(float(minutes) / int(count) - float(per_game)) <= 0.05
+        assert agrees(median.split()[0], statistics.median(means.values())), count
+        columns = "breakout", "seaquest", "pong", "space_invaders"
+        for game, cell in zip(columns, cells, strict=True):
+            assert (game in means) == bool(cell), (count, game)
+            assert not cell or agrees(cell.split()[0], means[game]), (count, game)
+    assert [line[0] for line in lines] == ["1", "2", "4", "8"]
+
+
+# Tables: stage 3
+
+
+def test_the_table_of_transfer_runs(capsys):
     print_curves(group_curves(sorted((ROOT / "results").glob("transfer-*.csv"))))
     number, interval = r"(-?[\d.]+)", r"(?: \(([\d.]+) to ([\d.]+)\))?"
     line = rf"(\w+), .*-(mimic|control).*: {number}{interval} over the run, {number}{interval} at"
     printed = {(game, arm): said for game, arm, *said in re.findall(line, capsys.readouterr().out)}
-    table = (ROOT / "README.md").read_text().split("| 400,000 steps |")[1]
-    for game in {game for game, _ in printed}:
-        seeds, *cells = table_line(table, game)
-        assert seeds == ("3" if printed[game, "mimic"][1] else "1")
-        for arm, written in (("mimic", cells[::2]), ("control", cells[1::2])):
-            written = re.findall(r"[\d.,]+", " ".join(written))
-            said = [said for said in printed[game, arm] if said]
-            assert len(written) == len(said) and all(map(agrees, written, said)), (game, arm)
+    text = section("results/README.md", "The transfer runs")
+    for (game, arm), said in printed.items():
+        seeds, *cells = table_line(text, game)
+        assert seeds == ("3" if said[1] else "1"), game
+        written = numbers(" ".join(cells[arm == "control" :: 2]))
+        assert all_agree(written, filter(None, said)), (game, arm)
     assert len(printed) == 10
-    text = (ROOT / "results/README.md").read_text().split("## Transfer")[1].split("\n\n")[2]
-    written = [line.split("|")[3:-1] for line in text.split("\n")[2:]]
+
+
+def test_the_table_of_first_weights():
     starts = {}  # {how the weights begin: {game: row}}
     for row in rows(ROOT / "results/transfer_recipe.csv"):
         starts.setdefault(row["start"], {})[row["game"]] = row
@@ -97,18 +300,17 @@ def test_what_the_readmes_say_of_transfer_is_in_its_files(capsys):
         row, scores = starts[start]["breakout"], log["breakout_score"]
         assert agrees(row["score"], scores[-1]) and float(row["steps"]) == log["step"][-1]
         assert agrees(row["mean_over_run"], mean_over_run(log["step"], scores))
-    for by_game, cells in zip(starts.values(), written, strict=True):
-        games = "assault", "demon_attack", "breakout"
-        for game, over, end in zip(games, cells[::2], cells[1::2], strict=True):
-            assert bool(over.strip()) == bool(end.strip()) == (game in by_game)
-            if game in by_game:
-                assert agrees(over.strip(), by_game[game]["mean_over_run"]), (game, over)
-                assert agrees(end.strip(), by_game[game]["score"]), (game, end)
+    text = read("results/README.md").split("## Transfer")[1].split("| the mimic's layers |")[1]
+    lines = [line.split("|")[3:-1] for line in text.split("\n\n")[0].splitlines()[2:]]
+    for by_game, cells in zip(starts.values(), lines, strict=True):
+        for game, cell in zip(("assault", "demon_attack", "breakout"), cells, strict=True):
+            row = by_game.get(game)
+            wanted = (row["mean_over_run"], row["score"]) if row else ()
+            assert all_agree(numbers(cell), wanted), (by_game, cell)
 
 
-def test_the_table_of_the_last_norm_says_what_its_file_holds():
-    text = (ROOT / "results/README.md").read_text().split("### A new last LayerNorm")[1]
-    table = text.split("\n### ")[0]
+def test_the_table_of_the_last_norm():
+    text = section("results/README.md", "A new last LayerNorm")
     games = {}  # {game: {whose LayerNorm: rows}}
     for row in rows(ROOT / "results/transfer_last_norm.csv"):
         games.setdefault(row["game"], {}).setdefault(row["last_norm"], []).append(row)
@@ -118,94 +320,10 @@ def test_the_table_of_the_last_norm_says_what_its_file_holds():
             assert agrees(row["mean_over_run"], mean_over_run(log["step"], scores)), row
             assert agrees(row["score"], scores[-1]) and agrees(row["dead"], log["dead"][-1]), row
     for game, norms in games.items():
-        steps, seeds, *cells = table_line(table, game)
-        kept, new = norms["the mimic's"], norms["new"]
-        assert len(kept) == len(new) == int(seeds)
-        for row in kept + new:
-            assert abs(float(row["steps"]) - float(steps.replace(",", ""))) < 1024
-        wanted = []
-        for column, scale in (("mean_over_run", 1), ("score", 1), ("dead", 100)):
-            for each in (kept, new):
-                wanted.append(scale * sum(float(row[column]) for row in each) / len(each))
-        assert len(cells) == 6 and all(map(agrees, cells, wanted)), game
-
-
-def test_the_table_of_the_experts_choices_says_what_its_file_holds():
-    text = (ROOT / "results/README.md").read_text().split("### What a choice is worth")[1]
-    table, length = text.split("\n### ")[0], "--steps 300_000"
-    runs = [row for row in rows(ROOT / "results/expert_recipe.csv") if length in row["flags"]]
-    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line[:1] == "|"][2:]
-    for choice, *scores, dead in lines:
-        flags, note = re.search(r"`(.*)`", choice), re.fullmatch(r"\(none, (.*)\)", choice)
-        same = f"{length} {flags[1] if flags else ''}".strip(), note[1] if note else ""
-        seeds = [row for row in runs if (row["flags"], row["note"]) == same]
-        for game, cell in zip(("breakout", "seaquest", "space_invaders"), scores, strict=True):
-            own = [row["score"] for row in seeds if row["game"] == game]
-            assert all(map(agrees, cell.split(", "), own)) and len(own) == cell.count(",") + 1 == 2
-        ends = [100 * extreme(float(row["dead"]) for row in seeds) for extreme in (min, max)]
-        assert all(map(agrees, dead.removesuffix(" %").split(" to "), ends)), choice
-    assert len(lines) * 6 == len(runs) >= 24
-
-
-def test_the_table_of_ablations_says_what_its_file_holds():
-    text = (ROOT / "results/README.md").read_text()
-    table = {}  # {name of the row: {game: rows of its seeds}}
-    for row in rows(ROOT / "results/mimic_ablations.csv"):
-        if row["network"].startswith("runs/ablation/"):
-            name = row["network"].removeprefix("runs/ablation/").rpartition("-s")[0]
-            table.setdefault(name, {}).setdefault(row["game"], []).append(row)
-
-    def mean(seeds, column):
-        return sum(float(row[column]) for row in seeds) / len(seeds)
-
-    for name, by_game in table.items():
-        (line,) = re.findall(rf"^\| {re.escape(name)} \| .*", text, re.M)
-        *_, breakout, seaquest, agreement, lost = line.split("|")[:-1]
-        cells = zip((breakout, seaquest), agreement.split(", "), lost.split(", "), strict=True)
-        for game, (score, agreed, valued) in zip(("breakout", "seaquest"), cells, strict=True):
-            seeds = by_game[game]
-            assert len(seeds) == 2
-            score, percent = re.match(r" ([\d,]+) \((\d+) %, ", score).groups()
-            assert agrees(score, mean(seeds, "mean")), (name, game)
-            assert agrees(percent, mean(seeds, "% expert")), (name, game)
-            assert agrees(agreed, mean(seeds, "% agreement")), (name, game)
-            assert agrees(valued, mean(seeds, "% value lost")), (name, game)
-    assert len(table) >= 10
-
-
-def test_the_table_of_other_lengths_says_what_its_files_hold():
-    text = (ROOT / "results/README.md").read_text().split("### Other lengths and flags")[1]
-    lines = re.findall(r"^\| `--.* \|$", text.split("\n### ")[0], re.M)
-    for line in lines:
-        percents = {}  # {network: {game: per cent of the expert}}
-        for row in rows(ROOT / "results" / re.search(r"\]\((.*?\.csv)\)", line)[1]):
-            percents.setdefault(row["network"], {})[row["game"]] = float(row["% expert"])
-        seeds = [by_game for by_game in percents.values() if len(by_game) == 8]
-        assert len(seeds) == 1 + ("two seeds" in line), line
-        means = {game: sum(seed[game] for seed in seeds) / len(seeds) for game in PAPER}
-        median, *cells = (cell.removesuffix(" %") for cell in line.strip("| ").split(" | ")[2:6])
-        assert agrees(median, statistics.median(means.values())), line
-        for game, cell in zip(("breakout", "seaquest", "space_invaders"), cells, strict=True):
-            assert agrees(cell, means[game]), (line, game)
-    assert len(lines) >= 8
-
-
-def test_the_table_of_numbers_of_games_says_what_its_file_holds():
-    text = (ROOT / "results/README.md").read_text()
-    percents = {}  # {number of games: {game: per cent of the expert, of each seed}}
-    for row in rows(ROOT / "results/mimic_games.csv"):
-        if match := re.match(r"runs/games/(\d)-games?-s\d$", row["network"]):
-            by_game = percents.setdefault(int(match[1]), {})
-            by_game.setdefault(row["game"], []).append(float(row["% expert"]))
-    for count, by_game in percents.items():
-        assert len(by_game) == count
-        means = {game: sum(seeds) / len(seeds) for game, seeds in by_game.items()}
-        (line,) = re.findall(rf"^\| {count} \| (.*) \|$", text, re.M)
-        minutes, per_game, *cells, median = [cell.strip() for cell in line.split("|")]
-        assert abs(float(minutes) / count - float(per_game)) <= 0.05
-        assert agrees(median.split()[0], statistics.median(means.values())), count
-        columns = "breakout", "seaquest", "pong", "space_invaders"
-        for game, cell in zip(columns, cells, strict=True):
-            assert (game in means) == bool(cell), (count, game)
-            assert not cell or agrees(cell.split()[0], means[game]), (count, game)
-    assert list(percents) == [1, 2, 4, 8]
+        seeds, *cells = table_line(text, game)
+        arms = norms["the mimic's"], norms["new"]
+        assert len(arms[0]) == len(arms[1]) == int(seeds)
+        columns = (("mean_over_run", 1), ("score", 1), ("dead", 100))
+        for cell, (column, scale) in zip(cells, columns, strict=True):
+            wanted = [scale * mean(arm, column) for arm in arms]  # kept, new
+            assert all_agree(cell.split(", "), wanted), (game, column)
