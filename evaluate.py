@@ -95,7 +95,7 @@ ARMS = {"mimic": "from the mimic", "control": "from random weights"}  # of trans
 COLOURS = "C0", "C2", "C3", "C4", "C5", "C6", "C8", "C9"  # C1: the paper's, C7: the control
 LINE = "{:15} {:36} {:>9} {:>9} {:>7} {:>14}"
 HEADING = LINE.format("game", "network", "score", "expert", "%", "95% interval")
-MEDIAN = "median of all games"  # a panel of the curves, beside those of games
+MEDIAN = "Median of all games"  # a panel of the curves, beside those of games
 PAPERS = "the paper's network"  # a bar of each game
 AT_ONCE = 48  # episodes played at a time, or four for each core
 SKIPPED = 300  # steps of each episode before a film begins
@@ -689,7 +689,8 @@ def draw_curves(groups, path):
             label = "paper's expert, at its end"
             panel.axhline(PAPER[game][0], color="grey", linestyle="dashed", label=label)
         x, y = ("minutes", "% of the expert") if game == MEDIAN else ("steps", "score in training")
-        panel.set(title=game.replace("_", " ").title(), xlabel=x, ylabel=y)
+        title = MEDIAN if game == MEDIAN else game.replace("_", " ").title()
+        panel.set(title=title, xlabel=x, ylabel=y)
         _, names = panel.get_legend_handles_labels()
         if names != shown:  # else it would repeat that of the panel before
             panel.legend(fontsize=8)

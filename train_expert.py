@@ -193,8 +193,8 @@ def greedy_value(q_values, legal):
 def learner_view(reward, terminated, truncated, cut_value, gamma):
     """Return what Q-learning sees of a step: reward (N,) float, and stop (N,) bool.
 
-    Rewards are clipped to -1 ... 1 (paper). A lost life or game over stops the return. The time
-    limit ends the episode, but not the return: the value of what it cut off is added.
+    Rewards are clipped to -1 ... 1 (paper). A lost life or game over stops the return. So does the
+    time limit, but there the return would have had more to come: its value is added.
     reward, terminated, truncated: (N,); cut_value: (N,) max_a Q of the observation cut off.
     """
     cut = truncated & ~terminated
@@ -365,7 +365,8 @@ def train(args, run):
             text = f"score {score:.1f}  max Q {row['max_q']:.2f}  TD {row['td_loss']:.4f}"
             run.report(step, row, text)
 
-    print(f"done: score {score:.1f} in the last {len(scores)} episodes; {run.folder}/expert.pt")
+    last = f"score {score:.1f} in the last {len(scores)} episodes" if scores else "no episode over"
+    print(f"done: {last}; {run.folder}/expert.pt")
 
 
 def main(args):
