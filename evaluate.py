@@ -46,47 +46,16 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 from train_expert import act, legal_actions, make_envs, new_episode, rom_name
 
-# Scores of a random player and of a human (no-op starts; the set of DQN Zoo and most papers since
-# 2016, not that of DQN's own), and of DQN (Mnih et al., 2015).
-REFERENCE = {
-    "assault": (222.4, 742.0, 3359),
-    "atlantis": (12850.0, 29028.1, 85641),
-    "beam_rider": (363.9, 16926.5, 6846),
-    "boxing": (0.1, 12.1, 71.8),
-    "breakout": (1.7, 30.5, 401.2),
-    "crazy_climber": (10780.5, 35829.4, 114103),
-    "demon_attack": (152.1, 1971.0, 9711),
-    "enduro": (0.0, 860.5, 301.8),
-    "fishing_derby": (-91.7, -38.7, -0.8),
-    "freeway": (0.0, 29.6, 30.3),
-    "gopher": (257.6, 2412.5, 8520),
-    "kangaroo": (52.0, 3035.0, 6740),
-    "krull": (1598.0, 2665.5, 3805),
-    "ms_pacman": (307.3, 6951.6, 2311),
-    "name_this_game": (2292.3, 8049.0, 7257),
-    "pong": (-20.7, 14.6, 18.9),
-    "qbert": (163.9, 13455.0, 10596),
-    "road_runner": (11.5, 7845.0, 18257),
-    "robotank": (2.2, 11.9, 51.6),
-    "seaquest": (68.4, 42054.7, 5286),
-    "space_invaders": (148.0, 1668.7, 1976),
-    "star_gunner": (664.0, 10250.0, 57997),
-    "video_pinball": (16256.9, 17667.9, 42684),
-}
-
-# The paper's Table 1: mean score of its expert (DQN), and of its one network for all games (AMN).
-PAPER = {
-    "atlantis": (57279, 165065),
-    "boxing": (81.47, 76.264),
-    "breakout": (273.15, 347.01),
-    "crazy_climber": (96189, 57070),
-    "enduro": (457.60, 499.3),
-    "pong": (19.581, 15.275),
-    "seaquest": (4278.9, 1177.3),
-    "space_invaders": (1669.2, 1142.4),
-}
-
 SCRIPTS = {"expert": train_expert, "mimic": train_mimic, "transfer": transfer}
+# Scores of a random player and a human (no-op starts; the set of DQN Zoo and most papers since
+# 2016), of DQN (Mnih et al., 2015), and the paper's Table 1: {game: {column: score, or nan}}.
+PUBLISHED = {}
+if (published := Path(__file__).parent / "results/published.csv").exists():
+    for row in csv.DictReader(published.read_text().splitlines()):
+        game = row.pop("game")
+        PUBLISHED[game] = {name: float(score or "nan") for name, score in row.items()}
+NOTHING = dict.fromkeys(("random", "human", "dqn_2015", "paper_dqn", "paper_amn"), math.nan)
+PAPER = {game for game, row in PUBLISHED.items() if not math.isnan(row["paper_amn"])}
 rcParams["text.parse_math"] = False  # a $ in the name of a run is no formula
 
 # Half-widths of a 95% interval of a mean, in standard errors, by number of seeds (Student's t).
@@ -127,10 +96,13 @@ class Args:
         common.require(not numbers, "--games takes names of games; --episodes is their number")
         self.games = tuple(dict.fromkeys(map(rom_name, self.games)))
         common.expand_paths(self, "runs", "curves", "out")
+        self.runs = tuple(dict.fromkeys(str(Path(path)) for path in self.runs))  # a/ is a
         common.require(self.runs or self.curves, "name checkpoints in --runs or logs in --curves")
         common.require(self.runs or not (self.random or self.gif), "--random and --gif need --runs")
-        taken = self.random and Path("random") in map(Path, self.runs)
-        common.require(not taken, "the row of --random would hide the run named random: rename it")
+        common.require(
+            not (self.random and "random" in self.runs),
+            "the row of --random would hide the run named random: rename it",
+        )
         common.require_range(self, 0, 10_000, "episodes")
         idle = self.random or (self.runs and not self.gif)
         common.require(self.episodes or not idle, "--episodes 0 plays none: it needs --gif alone")
@@ -171,8 +143,7 @@ def load_network(checkpoint, path, device):
 
 def load_players(args, device):
     """Read --runs, and the experts of each mimic; returns the players, those of --runs first."""
-    paths = list(dict.fromkeys(str(Path(path)) for path in args.runs))  # a/ is a, and read once
-    read = {path: common.load_checkpoint(path, tuple(SCRIPTS)) for path in paths}
+    read = {path: common.load_checkpoint(path, tuple(SCRIPTS)) for path in args.runs}
     warn_of_same_seeds(read)
     # Of several experts of one game none is the measure: seeds would be in % of the first.
     named = {}  # {game: labels of its experts}
@@ -192,7 +163,7 @@ def load_players(args, device):
         net = load_network(checkpoint, path, device)
         players.append(Player(path, net, games, experts))
     for label in dict.fromkeys(label for p in players for label in p.experts.values()):
-        if label not in paths:
+        if label not in args.runs:
             net = load_network(read[label], label, device)
             players.append(Player(label, net, read[label]["games"], {}))
     if args.random:
@@ -307,15 +278,14 @@ def play(players, args, device, stop):
     The episodes wait in one queue, and as many are played at a time as keep the cores busy. Next is
     one of those that have lasted longest so far, so that no long one runs alone at the end.
     """
-    todo = [(p, game, sticky) for p in players for game in p.games for sticky in args.sticky]
-    player_of = {(p.label, game, sticky): p for p, game, sticky in todo}
-    waiting = dict.fromkeys(player_of, args.episodes)
-    longest, scores = dict.fromkeys(player_of, 0), {key: [] for key in player_of}
-    legal = {game: legal_actions(game) for _, game, _ in player_of}
+    keys = [(p.label, game, sticky) for p in players for game in p.games for sticky in args.sticky]
+    waiting, longest = dict.fromkeys(keys, args.episodes), dict.fromkeys(keys, 0)
+    scores = {key: [] for key in keys}
+    legal = {game: legal_actions(game) for game in {game for _, game, _ in keys}}
     running = {player.label: [] for player in players}  # (key, Game) of the episodes that it is in
-    idle = {key[1:]: [] for key in player_of}  # Games between two episodes
+    idle = {key[1:]: [] for key in keys}  # Games between two episodes
     rng = torch.Generator().manual_seed(args.seed)
-    free, total = max(AT_ONCE, 4 * common.cores()), args.episodes * len(player_of)
+    free, total = max(AT_ONCE, 4 * common.cores()), args.episodes * len(keys)
     started, over, steps = time.monotonic(), 0, 0
     while over < total and not stop.asked:
         new = []  # keys of episodes for which no emulator is idle
@@ -411,8 +381,8 @@ def make_row(key, player, results, args):
     """
     label, game, sticky = key
     scores, expert = results[key], results.get((player.experts.get(game), game, sticky))
-    random, human, dqn = REFERENCE.get(game, (math.nan,) * 3)
-    paper_dqn, paper_amn = PAPER.get(game, (math.nan,) * 2)
+    published = PUBLISHED.get(game, NOTHING)
+    random, human = published["random"], published["human"]
     interval = (math.nan,) * 3
     if expert is not None and well_above_zero(expert[None, None]):
         interval = bootstrap(np.mean, scores[None, None], expert[None, None])
@@ -428,11 +398,7 @@ def make_row(key, player, results, args):
         "max": scores.max(),
         "episodes": len(scores),
         "% human": 100 * (scores.mean() - random) / (human - random),
-        "random": random,
-        "human": human,
-        "dqn_2015": dqn,
-        "paper_dqn": paper_dqn,
-        "paper_amn": paper_amn,
+        **published,
         "epsilon": 1.0 if player.net is None else args.epsilon,
         "sticky": sticky,
         "seed": args.seed,
@@ -487,9 +453,12 @@ def print_summary(players, results, sticky):
                 for g, game in enumerate(games if len(seeds) > 1 else []):
                     interval = bootstrap(np.mean, own[g : g + 1], base[g : g + 1])
                     print(f"  {game} {show_interval(interval)}")
-        if all(game in REFERENCE for game in games):
-            low, high, _ = np.array([REFERENCE[game] for game in games]).T[:, :, None, None]
-            print_middle(f"{name}: % of human", own - low, high - low)
+        if all(game in PUBLISHED for game in games):
+            random, human = (
+                np.array([PUBLISHED[game][who] for game in games])[:, None, None]  # (games, 1, 1)
+                for who in ("random", "human")
+            )
+            print_middle(f"{name}: % of human", own - random, human - random)
 
 
 def print_middle(title, own, base):
@@ -527,10 +496,11 @@ def draw_bars(rows, groups, path):
     if not rows:
         return False
     games = list(dict.fromkeys(row["game"] for row in rows))
-    if PAPER.keys() <= set(games):
-        for game, (dqn, amn) in PAPER.items():
-            percent = 100 * amn / dqn
-            rows.append({"network": PAPERS, "game": game, "mean": amn, "% expert": percent})
+    if PAPER and PAPER <= set(games):
+        for game in PAPER:
+            dqn, amn = PUBLISHED[game]["paper_dqn"], PUBLISHED[game]["paper_amn"]
+            bar = {"network": PAPERS, "game": game, "mean": amn, "% expert": 100 * amn / dqn}
+            rows.append(bar)
     name_of = {player.label: name for name, seeds in groups for player in seeds}
     bars = {game: {} for game in games}  # {game: {name: rows of its seeds}}
     for row in rows:
@@ -596,8 +566,8 @@ def read_log(path):
 def group_curves(paths):
     """Read logs as {game: {label: [(steps, scores, goal), ...]}}, with one label for all seeds.
 
-    goal is the training score of a mimic's expert, and nan in the logs of other stages. What a
-    mimic has of its experts in the median game stands under MEDIAN, as (minutes, per cent, 100).
+    goal is the training score of a mimic's expert, and nan in the logs of other stages. MEDIAN
+    holds (minutes, % of the expert in a mimic's median game, 100).
     A run is named by its folder, or its file: expert-<game>, mimic, transfer-<game>-<arm>-s<seed>.
     """
     groups, named = {}, {}
@@ -663,7 +633,6 @@ def draw_curves(groups, path):
     """
     size = 3.4 * min(3, len(groups)), 2.7 * math.ceil(len(groups) / 3)
     figure, panels = make_panels(len(groups), 3, size)
-    shown = []  # the legend of the panel before
     for panel, (game, curves) in zip(panels, groups.items()):
         colours = iter(COLOURS)
         for label, seeds in curves.items():
@@ -685,18 +654,19 @@ def draw_curves(groups, path):
         if goals:
             label = "its expert, in training"
             panel.axhline(max(goals), color="grey", linestyle="dotted", label=label)
-        elif game in PAPER and PAPER[game][0] < 3 * panel.dataLim.y1:  # far above, it flattens all
-            label = "paper's expert, at its end"
-            panel.axhline(PAPER[game][0], color="grey", linestyle="dashed", label=label)
+        elif game in PAPER and PUBLISHED[game]["paper_dqn"] < 3 * panel.dataLim.y1:  # not far above
+            label, score = "paper's expert, at its end", PUBLISHED[game]["paper_dqn"]
+            panel.axhline(score, color="grey", linestyle="dashed", label=label)
         x, y = ("minutes", "% of the expert") if game == MEDIAN else ("steps", "score in training")
         title = MEDIAN if game == MEDIAN else game.replace("_", " ").title()
         panel.set(title=title, xlabel=x, ylabel=y)
-        _, names = panel.get_legend_handles_labels()
-        if names != shown:  # else it would repeat that of the panel before
-            panel.legend(fontsize=8)
-        shown = names
         panel.locator_params(nbins=5)
         panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))  # 100k, 2M
+    if len({tuple(curves) for curves in groups.values()}) == 1:  # one legend says it for all
+        panels[0].legend(fontsize=8)
+    else:
+        for panel in panels:
+            panel.legend(fontsize=7)
     save_figure(figure, path)
 
 
@@ -778,13 +748,14 @@ def main(args):
             print_curves(curves)
             draw_curves(curves, out / f"{args.name}-curves.png")
             print(f"wrote {out / args.name}-curves.png")
-        filmed = [p for p in players if p.label in map(str, map(Path, args.runs))]
+        filmed = [player for player in players if player.label in args.runs]
         for player in filmed if args.gif else []:
             if not stop.asked:
                 name = re.sub(r"\W+", "-", player.label.removesuffix(".pt")).strip("-")
                 path = out / (args.name + (f"-{name}" if len(filmed) > 1 else "") + ".gif")
                 steps, games = args.film or 27_000, len(player.games)
-                size = steps * games * (3 * 160 * 230 + 3 * 160 * 210)  # bytes
+                # Bytes: a frame of the GIF has 230 rows for each game, a picture 210.
+                size = steps * games * (3 * 160 * 230 + 3 * 160 * 210)
                 most = "" if args.film else "at most "
                 common.show(f"filming {player.label}: {most}{size / 1e9:.1f} GB of memory")
                 write_gif(record(player, args, device), path)
@@ -796,7 +767,6 @@ def main(args):
 def measure(players, args, device, stop, table):
     """Play, print a line as soon as a game's episodes are over, and sum up what was measured."""
     by_label = {player.label: player for player in players}
-    named = {"random", *(str(Path(path)) for path in args.runs)}
     results, rows = {}, {}  # {(label, game, sticky): scores}, {the same: row of the table}
 
     def add_rows(all_of_them):
@@ -806,7 +776,7 @@ def measure(players, args, device, stop, table):
             if expert is None or (expert, game, sticky) in results or all_of_them:
                 rows[key] = make_row(key, by_label[label], results, args)
                 write_csv(list(rows.values()), table)  # before it prints: `| head` may have left
-                if label in named:
+                if label in ("random", *args.runs):
                     print_row(rows[key])
 
     threads = torch.get_num_threads()

@@ -9,7 +9,7 @@ the student takes over in the course of the run; in the paper it plays throughou
     python train_mimic.py --steps 10_000 --out runs/try-mimic  # 1 to 5 minutes
     python train_mimic.py  # two cores: 40 to 90 minutes, without bfloat16 2 to 3.3 hours;
                            # 98% of the expert in the median game
-    python train_mimic.py --actor student --feature-weight 0 --steps 25_000_000 --out runs/paper
+    python train_mimic.py --out runs/paper-mimic --actor student --feature-weight 0 --steps 25e6
                            # the paper's length and player: 35 hours to 8 days
 
 Output: runs/mimic/ with checkpoint.pt (the same command resumes from it), log.csv, and mimic.pt,
@@ -39,9 +39,9 @@ class Args:
     seed: int = 1  # of the weights, exploration, replay and emulators
     out: str = "runs/mimic"  # folder of the run
     # Network
-    channels: tuple = (32, 64, 64)  # convolutions: kernels 8, 4, 3, 3 with strides 4, 2, 1, 1
-    hidden: tuple = (512,)  # fully connected layers
-    norm: str = "all"  # LayerNorm after all layers but the last, linear ones alone, or none (paper)
+    channels: tuple = (32, 64, 64)  # kernels 8, 4, 3, 3, strides 4, 2, 1, 1 (as paper)
+    hidden: tuple = (512,)  # fully connected layers (as paper)
+    norm: str = "all"  # LayerNorm: after all layers but the last, linear ones, or none (paper)
     # Acting
     num_envs: int = 16  # emulators of each game
     rollout: int = 16  # steps of each environment between two rounds of learning
@@ -52,7 +52,7 @@ class Args:
     objective: str = "policy"  # policy, or q: squared error on Q-values (no temperature)
     temperature: float = 0.3  # of the experts' softmax, in units of q_spread (paper: 1, plain)
     feature_weight: float = 0.1  # of feature regression; 0: none (paper: 0, and 0.01)
-    updates: int = 32  # gradient steps per round: each observation is learned from twice (as paper)
+    updates: int = 32  # gradient steps per round: each observation is drawn twice (as paper)
     minibatch: int = 16  # observations of each game per gradient step (paper: 8)
     replay: int = 20_000  # observations kept of each game, 0.15 GB (paper: 100_000)
     lr: float = 2e-3  # of Adam
@@ -78,19 +78,23 @@ class Args:
         common.require_range(self, 1e-6, 1e6, "temperature")  # outside, the softmax is not finite
         common.require_range(self, 0, 2**31 - 1, "seed")
         common.require_range(self, 0, 1_000_000, "feature_weight")
-        drawn = self.updates * self.minibatch  # 28 KB each, in memory at once
-        common.require(drawn <= 100_000, "--updates times --minibatch must be at most 100,000")
+        observations = self.updates * self.minibatch  # 28 KB each, in memory at once
+        few = observations <= 100_000
+        common.require(few, "--updates times --minibatch must be at most 100,000")
         enough = self.replay >= 4 * self.num_envs
         common.require(enough, "--replay must hold four observations of every environment")
+
+
+# The environment
 
 
 def make_envs(game, num_envs, sticky=0.0, max_frames=108_000):
     """Start emulators of one game; observations are (num_envs, 4, 84, 84) uint8, newest last.
 
     A step repeats its action for 4 frames and shows each pixel's maximum over the last two, in
-    grey, resized to 84x84. Rewards are raw. A lost life sets `terminated`, and the episode goes on;
-    game over, or the time limit (`truncated`), starts the next episode within the same step, with
-    up to 29 no-ops and, where the game needs it, FIRE.
+    grey, resized to 84x84. Rewards are raw. A lost life sets `terminated`, but the episode
+    continues. Game over, or the time limit (`truncated`), starts the next episode within the same
+    step, with up to 29 no-ops and, where the game needs it, FIRE.
     """
     return AtariVectorEnv(
         game,
@@ -121,6 +125,9 @@ def new_episode(frame, last_frame):
     return frame < last_frame
 
 
+# The network, and how it acts
+
+
 class AtariNet(nn.Module):
     """The paper's network: convolutions, linear layers, a score for each action; with LayerNorm.
 
@@ -149,7 +156,7 @@ class AtariNet(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
                 nn.init.zeros_(layer.bias)
-        # Small, not zero: of equal scores argmax takes the no-op, and then Enduro never scores.
+        # Small, not zero: of equal scores argmax always takes the no-op.
         nn.init.orthogonal_(self.head.weight, 0.01)
         nn.init.zeros_(self.head.bias)
 
@@ -176,6 +183,9 @@ def act(scores, legal, epsilon, rng):
     return torch.where(torch.rand(len(scores), generator=rng) < epsilon, random, greedy)
 
 
+# Losses (Section 3 of the paper)
+
+
 def q_spread(expert_q, legal):
     """How far the Q-values of a state lie apart: (B, 18), (18,) bool -> scalar, at least 1e-6.
 
@@ -188,11 +198,11 @@ def q_spread(expert_q, legal):
 def policy_loss(student_logits, expert_q, legal, temperature):
     """Cross-entropy from the expert's softened policy to the student's (eq. 2).
 
-    student_logits, expert_q: (..., 18), in main (games, minibatch, 18); legal (bool, there
-    (games, 1, 18)) and temperature (above 0) are broadcast to them; returns (...). Only the expert
-    is divided by the temperature (eq. 1): it turns Q-values, whose scale differs from game to game,
-    into a policy. The least that it can be is the entropy of the expert's policy, not 0: so losses
-    of different games or temperatures do not compare.
+    student_logits, expert_q: (..., 18), in train() (G, B, 18); legal: bool, there (G, 1, 18);
+    temperature: above 0, there (G, 1, 1); returns (...). Only the expert is divided by the
+    temperature (eq. 1): it turns Q-values, whose scale differs from game to game, into a policy.
+    The loss cannot be less than the entropy of the expert's policy, so losses of different games
+    or temperatures do not compare.
     """
     expert_policy = F.softmax(expert_q.masked_fill(~legal, -torch.inf) / temperature, -1)
     log_policy = F.log_softmax(student_logits.masked_fill(~legal, -torch.inf), -1)
@@ -211,6 +221,9 @@ def feature_loss(predicted, expert_features):
     predicted, expert_features: (B, F of the expert), summed over F; returns a scalar.
     """
     return (predicted - expert_features).square().sum(1).mean()
+
+
+# The replay
 
 
 class FrameReplay:
@@ -243,17 +256,22 @@ class FrameReplay:
         env = torch.randint(self.frames.shape[1], (count,), generator=rng)
         slot = step % len(self.frames)
         back = torch.arange(3, -1, -1)  # the newest frame comes last
+        slots = (step[:, None] - back) % len(self.frames)  # (count, 4)
         # Rows of the flattened buffer. Those before an episode's first frame are blacked out below.
-        index = (step[:, None] - back) % len(self.frames) * self.frames.shape[1] + env[:, None]
-        # index_select is twice as fast on a CPU as indexing with [slot, env].
-        obs = self.frames.flatten(0, 1).index_select(0, index.flatten()).view(count, 4, 84, 84)
+        rows = slots * self.frames.shape[1] + env[:, None]  # (count, 4)
+        # index_select is faster on a CPU than indexing with [slots, env].
+        obs = self.frames.flatten(0, 1).index_select(0, rows.flatten()).view(count, 4, 84, 84)
         obs *= (back <= self.age[slot, env][:, None])[:, :, None, None]  # else black
         return obs, self.q_values[slot, env], self.features[slot, env].float()
 
 
-# The network that learns. For another architecture write a class of your own and name it here: the
-# experts are read with AtariNet, and evaluate.py finds your class by its name. It takes net_args of
-# train(), and maps obs (B, 4, 84, 84) uint8 to logits (B, 18) and features (B, F).
+# Training
+
+
+# The network that learns. For another architecture write `class MyNet(nn.Module)` above this line,
+# and `Student = MyNet` here: the experts are still read with AtariNet, and evaluate.py finds your
+# class by its name. It takes net_args of train(), and maps obs (B, 4, 84, 84) uint8 to logits
+# (B, 18) and features (B, F), both float32.
 Student = AtariNet
 
 
@@ -272,7 +290,7 @@ def train(args, run):
         raise common.UserError(
             "no experts/ here: name checkpoints of train_expert.py with --experts"
         )
-    experts, expert_nets = zip(*map(load_expert, paths))
+    experts, expert_nets = zip(*[load_expert(path) for path in paths])
     games = [expert["games"][0] for expert in experts]
     if len(set(games)) < len(games):
         raise common.UserError(f"two experts for one game: {', '.join(games)}")
@@ -283,17 +301,20 @@ def train(args, run):
     torch.manual_seed(args.seed)
     rng = torch.Generator().manual_seed(args.seed)  # explores, draws and seeds the emulators
     legal = torch.stack([legal_actions(game) for game in games])[:, None]  # (G, 1, 18)
+    legal_of_all = legal.expand(G, N, 18).flatten(0, 1)  # (G*N, 18), of all environments
     masks = legal.to(device)
-    layout = common.memory_format(device)
-    expert_nets = [net.to(device, memory_format=layout) for net in expert_nets]
-    student = Student(**net_args).to(device, memory_format=layout)
+    memory_format = common.memory_format(device)
+    expert_nets = [net.to(device, memory_format=memory_format) for net in expert_nets]
+    student = Student(**net_args).to(device, memory_format=memory_format)
     example = torch.randint(256, (4, 4, 84, 84), dtype=torch.uint8)
     common.check_device(student, example)
     # One linear map per game, from the student's features to the expert's.
     with torch.no_grad():
         width = student(example.to(device))[1].shape[1]
     expert_widths = [expert["net_args"]["hidden"][-1] for expert in experts]
-    regressors = nn.ModuleList(nn.Linear(width, other) for other in expert_widths).to(device)
+    regressors = nn.ModuleList(nn.Linear(width, expert_width) for expert_width in expert_widths).to(
+        device
+    )
     weights = [*student.parameters(), *regressors.parameters()]
     # fused: the whole update in one pass over the weights, which is faster.
     optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
@@ -315,7 +336,7 @@ def train(args, run):
             return
 
     # Set up: replays and emulators.
-    replays = [FrameReplay(args.replay // N, N, other) for other in expert_widths]
+    replays = [FrameReplay(args.replay // N, N, expert_width) for expert_width in expert_widths]
     run.start(device, autocast, student, sum(replay.frames.nbytes for replay in replays))
     print(f"{G} games: {', '.join(games)}; {args.updates} updates every {T * N:,} steps of each")
     envs, resets = [], []
@@ -341,20 +362,20 @@ def train(args, run):
                 # Whoever begins an episode plays it to its end: so every score is of one player.
                 student_plays = np.where(began, np.arange(N) < N * share, student_plays)
                 device_obs = obs.to(device)
-                # Q-values of the experts, or logits where the student plays.
+                # Q-values of the experts, then logits where the student plays: (G, N, 18).
                 values = torch.zeros(G, N, 18, device=device)
                 for g, net in enumerate(expert_nets):
                     values[g], expert_features = net(device_obs[g])  # (N, 18), (N, F of the expert)
                     replays[g].add(obs[g], age[g], values[g].cpu(), expert_features.cpu())
                 if student_plays.any():
-                    values[student_plays], _ = student(device_obs[student_plays])
-                legal_of_all = legal.expand(G, N, 18).flatten(0, 1)
+                    logits, _ = student(device_obs[student_plays])  # (K, 18), of K environments
+                    values[student_plays] = logits
                 actions = act(values.flatten(0, 1).cpu(), legal_of_all, args.epsilon, rng)  # (G*N,)
                 for env, action in zip(envs, actions.view(G, N).numpy()):
                     env.send(action)
                 # Received after all were sent: so the games step at the same time.
                 next_obs, reward, _, _, infos = zip(*(env.recv() for env in envs))
-                obs = torch.from_numpy(np.stack(next_obs))
+                obs = torch.from_numpy(np.stack(next_obs))  # (G, N, 4, 84, 84)
                 last_frame = frame
                 frame = np.stack([info["episode_frame_number"] for info in infos])
                 began = new_episode(frame, last_frame)
@@ -374,25 +395,26 @@ def train(args, run):
             q_spread(replay.q_values[: replay.added].flatten(0, 1), mask[0]).item()
             for replay, mask in zip(replays, legal)
         ]
+        # (G, 1, 1)
         temperature = args.temperature * torch.tensor(spreads, device=device).view(G, 1, 1)
         # All minibatches at once, 28 KB an observation, which is faster than one by one.
-        drawn = [replay.draw(args.updates * args.minibatch, rng) for replay in replays]
-        drawn_obs, drawn_q, drawn_features = zip(*drawn)  # each holds a tensor of every game
+        samples = [replay.draw(args.updates * args.minibatch, rng) for replay in replays]
+        sample_obs, sample_q, sample_features = zip(*samples)  # each holds a tensor of every game
         # (G, 3): imitation loss, feature loss, share of equal choices; means over the updates.
         averages = torch.zeros(G, 3, device=device)
         for first in range(0, args.updates * args.minibatch, args.minibatch):
             batch = slice(first, first + args.minibatch)
             with autocast:
-                logits, features = student(torch.cat([x[batch] for x in drawn_obs]).to(device))
+                logits, features = student(torch.cat([x[batch] for x in sample_obs]).to(device))
             logits = logits.view(G, args.minibatch, 18)
-            expert_q = torch.stack([q[batch] for q in drawn_q]).to(device)  # (G, minibatch, 18)
+            expert_q = torch.stack([q[batch] for q in sample_q]).to(device)  # (G, minibatch, 18)
             if args.objective == "policy":
                 imitation = policy_loss(logits, expert_q, masks, temperature).mean(1)  # (G,)
             else:
                 imitation = q_loss(logits, expert_q, masks).mean(1)
             distances = []
             for g, own_features in enumerate(features.chunk(G)):  # (minibatch, F)
-                expert_features = drawn_features[g][batch].to(device)
+                expert_features = sample_features[g][batch].to(device)
                 distances.append(feature_loss(regressors[g](own_features), expert_features))
             distance = torch.stack(distances)  # (G,)
             # Paper: the sum over the games; here the mean: the same to Adam, and easier to compare.
@@ -449,10 +471,10 @@ def train(args, run):
                 rng=rng.get_state(),
             )
             scored = {game: p for game, p in zip(games, percents) if not math.isnan(p)}
-            text = f"loss {round_loss:.3f}  "
+            text = f"loss {round_loss:.3f}"
             if scored:
-                worst = min(scored, key=scored.get)
-                text += f"{len(scored)} games: median {np.median(list(scored.values())):.0f}%, "
+                worst, median = min(scored, key=scored.get), np.median(list(scored.values()))
+                text += f"  {len(scored)} of {G} games: median {median:.0f}%, "
                 text += f"worst {worst} {scored[worst]:.0f}%"
             run.report(step, row, text)
 

@@ -1,7 +1,7 @@
 """Stage 3 of Actor-Mimic: start a new game from the mimic's weights.
 
-Section 3.4 of the paper: train_expert.py from a mimic's weights, rescaled, with a new output layer
-and LayerNorm before it. The control starts from random ones of the same widths; all else is equal.
+Section 3.4 of the paper. This is train_expert.py with other first weights: a mimic's, rescaled,
+with a new output layer and LayerNorm before it. The control has random ones of the same widths.
 
     python transfer.py --steps 50_000 --out runs/try-transfer  # a minute or two
     python transfer.py  # two cores: 5 to 15 minutes, 24 points in training
@@ -27,7 +27,12 @@ from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
 from torch import nn
 
-FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # the emulator refuses these for one player
+TWO_PLAYER_GAMES = {
+    "combat",
+    "joust",
+    "maze_craze",
+    "warlords",
+}  # the emulator refuses these for one player
 
 
 @dataclass
@@ -54,7 +59,7 @@ class Args:
     gamma: float = 0.99  # discount (as paper)
     lam: float = 0.85  # of Q(lambda) returns (0: one step, 1: to the rollout's end)
     target_rate: float = 0.1  # share of the way that target moves to net each round
-    max_grad_norm: float = 10.0  # longer gradients are scaled down to this (paper: errors to 1)
+    max_grad_norm: float = 10.0  # largest gradient norm (paper: each TD error is cut to -1 ... 1)
     # Machine
     report_every: int = 50_000  # steps between two lines of the log, each with a checkpoint
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ... or mps
@@ -78,12 +83,19 @@ class Args:
         )
 
 
+# The environment
+
+
 def rom_name(game):
     """Return ale-py's name of a game: ms_pacman for MsPacman, ALE/MsPacman-v5 and the like.
 
     Raises ValueError with the nearest names if no such game is for one player.
     """
-    games = {name.replace("_", ""): name for name in roms.get_all_rom_ids() if name not in FOR_TWO}
+    games = {
+        name.replace("_", ""): name
+        for name in roms.get_all_rom_ids()
+        if name not in TWO_PLAYER_GAMES
+    }
     short = re.sub(r"^ALE/|(-ram)?(NoFrameskip|Deterministic)?-v\d+$", "", game)
     short = re.sub(r"[^a-z0-9]", "", short.lower())
     common.require_one_of("--game", games.get(short, short), games.values())
@@ -94,9 +106,9 @@ def make_envs(game, num_envs, sticky=0.0, max_frames=108_000):
     """Start emulators of one game; observations are (num_envs, 4, 84, 84) uint8, newest last.
 
     A step repeats its action for 4 frames and shows each pixel's maximum over the last two, in
-    grey, resized to 84x84. Rewards are raw. A lost life sets `terminated`, and the episode goes on;
-    game over, or the time limit (`truncated`), starts the next episode within the same step, with
-    up to 29 no-ops and, where the game needs it, FIRE.
+    grey, resized to 84x84. Rewards are raw. A lost life sets `terminated`, but the episode
+    continues. Game over, or the time limit (`truncated`), starts the next episode within the same
+    step, with up to 29 no-ops and, where the game needs it, FIRE.
     """
     return AtariVectorEnv(
         game,
@@ -127,6 +139,9 @@ def new_episode(frame, last_frame):
     return frame < last_frame
 
 
+# The network, and how it acts
+
+
 class AtariNet(nn.Module):
     """The paper's network: convolutions, linear layers, a score for each action; with LayerNorm.
 
@@ -155,7 +170,7 @@ class AtariNet(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
                 nn.init.zeros_(layer.bias)
-        # Small, not zero: of equal scores argmax takes the no-op, and then Enduro never scores.
+        # Small, not zero: of equal scores argmax always takes the no-op.
         nn.init.orthogonal_(self.head.weight, 0.01)
         nn.init.zeros_(self.head.bias)
 
@@ -180,6 +195,9 @@ def act(scores, legal, epsilon, rng):
     greedy = scores.masked_fill(~legal, -torch.inf).argmax(1)
     random = torch.multinomial(legal.float().expand_as(scores), 1, generator=rng).squeeze(1)
     return torch.where(torch.rand(len(scores), generator=rng) < epsilon, random, greedy)
+
+
+# Targets and loss
 
 
 def greedy_value(q_values, legal):
@@ -218,12 +236,15 @@ def td_loss(q_values, actions, targets):
     return F.mse_loss(q_values.gather(1, actions[:, None]).squeeze(1), targets)
 
 
+# Training
+
+
 @torch.no_grad()
 def rescale(net, fresh):
     """Give net's layers that LayerNorm follows the size of fresh's.
 
     LayerNorm cancels the size, so no output changes. But a mimic's weights have grown several
-    times, and the optimizer's steps, which have not, would turn them slowly.
+    times. The optimizer's steps have not, so such weights would change slowly.
     """
     for layer, after, new in zip(net.body, net.body[1:], fresh.body):
         if isinstance(after, (nn.GroupNorm, nn.LayerNorm)):
@@ -277,7 +298,7 @@ def train(args, run):
     obs_buffer = torch.empty((T, N, 4, 84, 84), dtype=torch.uint8, device=device)
     actions, rewards = torch.empty((T, N), dtype=torch.int64), torch.empty((T, N))
     stops = torch.empty((T, N), dtype=torch.bool)
-    values = torch.empty((T + 1, N))  # max_a Q(s, a)
+    max_q = torch.empty((T + 1, N))  # max_a Q(s, a)
     run.start(device, autocast, net, obs_buffer.nbytes)
     updates = args.epochs * math.ceil(T * N / args.minibatch)
     print(f"{args.game} has {legal.sum()} actions; {updates} updates every {T * N:,} steps")
@@ -293,20 +314,21 @@ def train(args, run):
     while step < args.steps:
         # Where episodes are equally long, environments begun together stay in step, and a rollout
         # would hold one part of the game only. So each round one restarts, until all have.
-        restarted = (step - first_step) // (T * N)
-        if restarted < N:
-            obs, info = envs.reset(options={"reset_mask": np.arange(N) == restarted})
-            frame, returns[restarted] = info["episode_frame_number"], 0  # what is cut has no score
+        rounds = (step - first_step) // (T * N)
+        if rounds < N:
+            obs, info = envs.reset(options={"reset_mask": np.arange(N) == rounds})
+            frame = info["episode_frame_number"]
+            returns[rounds] = 0  # an episode that was cut has no score
 
         # Act: T steps in N environments.
-        explored = step / (args.explore * args.steps) if args.explore else 1
-        epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * explored)
+        progress = step / (args.explore * args.steps) if args.explore else 1
+        epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * progress)
         # One autocast for all steps: it rounds the weights to bfloat16 only once.
         with torch.no_grad(), autocast:
             for t in range(T):
                 obs_buffer[t] = torch.from_numpy(obs)
                 q_values = q_values_of(obs_buffer[t])  # (N, 18)
-                values[t] = greedy_value(q_values, legal)
+                max_q[t] = greedy_value(q_values, legal)
                 actions[t] = act(q_values, legal, epsilon, rng)
                 obs, reward, terminated, truncated, info = envs.step(actions[t].numpy())
                 cut_value = torch.zeros(N)
@@ -328,21 +350,21 @@ def train(args, run):
                 frame = info["episode_frame_number"]
                 scores.extend(returns[began].tolist())
                 returns[began] = 0
-            values[T] = greedy_value(q_values_of(torch.from_numpy(obs)), legal)
+            max_q[T] = greedy_value(q_values_of(torch.from_numpy(obs)), legal)
 
         # Learn from them. The rate is constant and then falls; more --steps make it rise again.
-        targets = q_lambda_targets(rewards, stops, values, args.gamma, args.lam).flatten()  # (T*N,)
+        targets = q_lambda_targets(rewards, stops, max_q, args.gamma, args.lam).flatten()  # (T*N,)
         lr = args.lr * min(1, (args.steps - step) / max(args.decay * args.steps, 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
         for _ in range(args.epochs):
             for batch in torch.randperm(T * N, generator=rng).split(args.minibatch):
-                # index_select is ten times as fast on a CPU as indexing with [batch].
+                # index_select is much faster on a CPU than indexing with [batch].
                 obs_batch = obs_buffer.flatten(0, 1).index_select(0, batch.to(device))
                 with autocast:
-                    q_values, features = net(obs_batch)  # (B, 18), (B, F)
-                chosen, wanted = actions.flatten()[batch].to(device), targets[batch].to(device)
-                loss = td_loss(q_values, chosen, wanted)
+                    q_values, features = net(obs_batch)  # (B, 4, 84, 84) -> (B, 18), (B, F)
+                batch_actions = actions.flatten()[batch].to(device)  # (B,)
+                loss = td_loss(q_values, batch_actions, targets[batch].to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 grad_norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
@@ -359,7 +381,7 @@ def train(args, run):
         if run.due(step):
             row = {
                 f"{args.game}_score": score,
-                "max_q": values.mean().item(),  # mean over the rollout of max_a Q(s, a)
+                "max_q": max_q.mean().item(),  # mean over the rollout of max_a Q(s, a)
                 "td_loss": loss.item(),
                 "grad_norm": grad_norm.item(),  # before it is clipped
                 # Share of the features that are 0 on all of the last minibatch.

@@ -13,7 +13,7 @@ from torch import nn
 
 import train_mimic
 from common import parse_args
-from evaluate import PAPER, group_curves, mean_over_run, print_curves, read_log
+from evaluate import PAPER, PUBLISHED, group_curves, mean_over_run, print_curves, read_log
 from helpers import ROOT, SCRIPTS, agrees, call_all, rows, table_line
 
 GUIDES = ["README.md", "results/README.md"]
@@ -209,7 +209,8 @@ def test_the_tables_of_the_mimic():
     front, notebook = section("README.md", "Results"), read("results/README.md")
     notebook, printed = notebook.split("## The mimic")[1].split("```text")[:2]
     percents = []
-    for game, (paper_expert, paper_amn) in PAPER.items():
+    for game in PAPER:
+        paper_expert, paper_amn = PUBLISHED[game]["paper_dqn"], PUBLISHED[game]["paper_amn"]
         seeds = [row for row in measured if row["game"] == game]
         expert, score, percent, interval, each, *paper = table_line(notebook, game)
         own = seeds[0]["expert"], mean(seeds, "mean"), mean(seeds, "% expert")
