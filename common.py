@@ -203,10 +203,11 @@ def expand_paths(args, *names):
     """
     for name in names:
         value = getattr(args, name)
-        if isinstance(value, str):
+        one = isinstance(value, (str, os.PathLike))
+        if one and isinstance(getattr(type(args), name), str):
             setattr(args, name, os.path.expanduser(value))
         else:
-            paths = [os.path.expanduser(path) for path in value]
+            paths = [os.path.expanduser(path) for path in ([value] if one else value)]
             found = [sorted(glob.glob(p)) if not os.path.exists(p) else [p] for p in paths]
             setattr(args, name, tuple(p for path, ps in zip(paths, found) for p in ps or [path]))
 
@@ -217,12 +218,14 @@ def cli(main, cls):
         keep_freed_memory()
         torch.set_num_threads(min(torch.get_num_threads(), cores()))
         sys.stdout = sys.stdout or open(os.devnull, "w")  # the shell has closed it: `>&-`
+        if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+            sys.stdout.reconfigure(errors="backslashreplace")  # a path that it cannot show
         main(parse_args(cls))
     except UserError as error:
         message = str(error)
     except BrokenPipeError:  # `| head`, or Ctrl-C has ended `| tee`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
-        message = "the output was closed; training resumes from its last save"
+        message = "the output was closed; what was saved or written is kept"
     except OSError as error:  # a full disk, a folder that may not be written
         message = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     except (MemoryError, RuntimeError) as error:
@@ -440,9 +443,14 @@ def load_checkpoint(path, stages):
     needed = NEEDED | NEEDED_OF_MIMIC if checkpoint["stage"] == "mimic" else NEEDED
     if missing := needed - checkpoint.keys():
         raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
-    for part in ("args", "net_args", "net"):
-        if not isinstance(checkpoint[part], dict):
-            raise UserError(f"{path} is damaged: its {part} is no dict")
+    kinds = {"args": dict, "net_args": dict, "net": dict, "games": list, "scores": list}
+    kinds |= {"step": int, "minutes": (int, float), "experts": list, "marks": list}
+    for part, kind in kinds.items():
+        if part in checkpoint and not isinstance(checkpoint[part], kind):
+            raise UserError(f"{path} is damaged: its {part} cannot be read")
+    games = checkpoint["games"]
+    if not games or not all(isinstance(game, str) for game in games) or checkpoint["step"] < 0:
+        raise UserError(f"{path} is damaged: its games or step cannot be read")
     # The first edition's networks all had LayerNorm, unless conv_norm said otherwise.
     conv_norm = checkpoint["net_args"].pop("conv_norm", True)
     checkpoint["net_args"].setdefault("norm", "all" if conv_norm else "linear")
@@ -486,7 +494,7 @@ def load_state(checkpoint, net, optimizer, rng, path):
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng.set_state(checkpoint["rng"])
-    except (RuntimeError, KeyError, TypeError, ValueError):
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"the optimizer's state in {path} is damaged; name another --out") from None
 
 
@@ -567,10 +575,9 @@ class Run:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {folder} is a file; name a folder")
         if not (folder / "checkpoint.pt").exists():
-            for name in ("log.csv", "expert.pt", "mimic.pt"):
-                if (folder / name).exists():
-                    lone = f"{folder} holds {name} without its checkpoint"
-                    raise UserError(f"{lone}: delete that file, or name another --out")
+            for file in [*folder.glob("log.csv"), *sorted(folder.glob("*.pt"))]:
+                lone = f"{folder} holds {file.name} without its checkpoint"
+                raise UserError(f"{lone}: delete that file, or name another --out")
             return None
         saved = load_checkpoint(folder, (self.stage,))
         flags, before = plain(self.args), saved["args"]
@@ -608,6 +615,9 @@ class Run:
                 raise UserError(message) from None
             except OSError:
                 pass  # a file system without locks
+        now = self.read()
+        if (now["step"] if now else 0) != self.first_step:
+            raise UserError(f"another process has just worked in {self.folder}; start again")
         self.trim_log()
         parameters = sum(weight.numel() for weight in net.parameters())
         begins = f"resumes at step {self.first_step:,}" if self.first_step else "starts"
@@ -625,7 +635,7 @@ class Run:
             return
         lines = path.read_text(encoding="ascii", errors="replace").splitlines(keepends=True)
         lines = [line for line in lines if line.endswith("\n")]  # not cut off by a crash
-        if lines and not lines[0].startswith("step,"):
+        if lines and not (lines[0].startswith("step,") and lines[0].isascii()):
             raise UserError(f"{path} is not a log of this project; move it away")
         rows = [line for line in lines[1:] if re.fullmatch("[0-9]{1,18},[-+.,0-9a-z]+\n", line)]
         kept = [row for row in rows if int(row.split(",")[0]) <= self.first_step]

@@ -107,7 +107,7 @@ class Args:
         idle = self.random or (self.runs and not self.gif)
         common.require(self.episodes or not idle, "--episodes 0 plays none: it needs --gif alone")
         common.require_range(self, 0, 27_000, "film")
-        plain = self.out and self.name and Path(self.name).name == self.name
+        plain = self.out and self.name.strip(".") and Path(self.name).name == self.name
         common.require(plain, "--out must name a folder, and --name a file without its folder")
         common.require_shares(self, "epsilon")
         shares = self.sticky and 0 <= min(self.sticky) and max(self.sticky) <= 1
@@ -476,7 +476,8 @@ def show_interval(interval):
 
 def write_csv(rows, path):
     """Write the rows, numbers to six digits."""
-    with common.whole_file(path) as temporary, open(temporary, "w", newline="") as file:
+    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with common.whole_file(path) as temporary, open(temporary, "w", **text) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(rows[0])
         for row in rows:
@@ -558,7 +559,8 @@ def read_log(path):
         log = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
     except (OSError, ValueError, TypeError, IndexError, csv.Error):
         log = {}
-    if not {"step", "minutes"} <= log.keys() or not any(name.endswith("_score") for name in log):
+    whole = {"step", "minutes"} <= log.keys() and (np.diff(log["step"]) > 0).all()
+    if not whole or not any(name.endswith("_score") for name in log):
         raise common.UserError(f"{path} is missing, empty, or no log of this project")
     return log
 
@@ -673,7 +675,7 @@ def draw_curves(groups, path):
 # Film
 
 
-def record(player, args, device):
+def record(player, args, device, stop):
     """Film one episode of each game, or --film steps of it: {game: (pictures, scores)}."""
     names, sticky = player.games, args.sticky[0]
     legal = torch.stack([legal_actions(name) for name in names])  # (G, 18)
@@ -687,7 +689,7 @@ def record(player, args, device):
         env.reset(seed=args.seed)
     films, t = {name: ([], []) for name in names}, 0
     playing = set(names)
-    while playing and (not args.film or t < SKIPPED + args.film):
+    while playing and not stop.asked and (not args.film or t < SKIPPED + args.film):
         obs = np.concatenate([game.obs for game in games])  # (G, 4, 84, 84)
         for game, env, action in zip(games, envs, choose(player, obs, legal, args, device, rng)):
             game.send(action)
@@ -749,17 +751,21 @@ def main(args):
             draw_curves(curves, out / f"{args.name}-curves.png")
             print(f"wrote {out / args.name}-curves.png")
         filmed = [player for player in players if player.label in args.runs]
-        for player in filmed if args.gif else []:
+        names = [re.sub(r"\W+", "-", p.label.removesuffix(".pt")).strip("-") for p in filmed]
+        if len(set(names)) < len(names):  # a-b and a/b
+            names = [f"{name}-{n}" for n, name in enumerate(names, 1)]
+        for player, name in zip(filmed, names) if args.gif else []:
             if not stop.asked:
-                name = re.sub(r"\W+", "-", player.label.removesuffix(".pt")).strip("-")
                 path = out / (args.name + (f"-{name}" if len(filmed) > 1 else "") + ".gif")
                 steps, games = args.film or 27_000, len(player.games)
                 # Bytes: a frame of the GIF has 230 rows for each game, a picture 210.
                 size = steps * games * (3 * 160 * 230 + 3 * 160 * 210)
                 most = "" if args.film else "at most "
                 common.show(f"filming {player.label}: {most}{size / 1e9:.1f} GB of memory")
-                write_gif(record(player, args, device), path)
-                print(f"wrote {path}")
+                film = record(player, args, device, stop)
+                if not stop.asked:
+                    write_gif(film, path)
+                    print(f"wrote {path}")
         if stop.asked:
             raise SystemExit(130)
 
@@ -770,23 +776,34 @@ def measure(players, args, device, stop, table):
     results, rows = {}, {}  # {(label, game, sticky): scores}, {the same: row of the table}
 
     def add_rows(all_of_them):
+        new = []
         for key in [key for key in results if key not in rows]:
             label, game, sticky = key
             expert = by_label[label].experts.get(game)
             if expert is None or (expert, game, sticky) in results or all_of_them:
                 rows[key] = make_row(key, by_label[label], results, args)
-                write_csv(list(rows.values()), table)  # before it prints: `| head` may have left
-                if label in ("random", *args.runs):
-                    print_row(rows[key])
+                new += [key] if label in ("random", *args.runs) else []
+        try:
+            if rows:
+                write_csv(list(rows.values()), table)  # before printing: `| head` may have left
+        except common.UserError as error:  # on Windows, while a spreadsheet shows it
+            if all_of_them:
+                raise
+            common.show(str(error))
+        for key in new:
+            print_row(rows[key])
 
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))  # the other cores are for the emulators
     common.show(HEADING)
-    for key, scores in play(players, args, device, stop):
-        results[key] = scores
-        add_rows(all_of_them=False)
-    torch.set_num_threads(threads)
-    add_rows(all_of_them=True)  # after a stop, without experts whose episodes are not over
+    try:
+        for key, scores in play(players, args, device, stop):
+            results[key] = scores
+            add_rows(all_of_them=False)
+    finally:
+        torch.set_num_threads(threads)
+    if results:
+        add_rows(all_of_them=True)  # after a stop, without experts whose episodes are not over
     if stop.asked:
         common.show(f"stopped; {table} has {len(rows)} rows that are complete")
     for sticky in args.sticky if rows else ():

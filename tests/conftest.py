@@ -19,6 +19,8 @@ def studio(tmp_path_factory):
     folder = tmp_path_factory.mktemp("studio")
     for name in (*SCRIPTS, "common"):
         shutil.copy(ROOT / f"{name}.py", folder)
+    (folder / "results").mkdir()
+    shutil.copy(ROOT / "results/published.csv", folder / "results")
     for command in (EXPERT + " --game pong", EXPERT + " --game boxing --hidden 16 20", MIMIC):
         run(folder, command)
     return folder
