@@ -162,7 +162,7 @@ def test_a_script_runs_where_the_output_is_no_file(copy, monkeypatch):
     monkeypatch.setattr("sys.stdout", Output())
     monkeypatch.setattr("sys.argv", shlex.split(EXPERT + " --game pong --out runs/cell"))
     common.cli(train_expert.main, train_expert.Args)
-    assert "done: score" in Output.text
+    assert "done: no episode over; " in Output.text
 
 
 def test_a_terminal_shows_the_progress_of_every_round_in_its_last_line(copy):
