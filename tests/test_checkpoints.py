@@ -142,3 +142,22 @@ def test_a_network_of_stage_3_is_an_expert_too(copy):
     run(copy, MIMIC + f" {experts} --out runs/of-both")
     mimic = load_checkpoint(copy / "runs/of-both", ("mimic",))
     assert mimic["games"] == ["breakout", "pong"]
+
+
+@pytest.mark.parametrize(
+    "part, value",
+    [
+        ("games", []),
+        ("games", ["pong", 3]),
+        ("step", "x"),
+        ("step", -100),
+        ("minutes", None),
+        ("scores", None),
+        ("experts", None),
+        ("marks", 7),
+    ],
+)
+def test_checkpoint_with_a_part_of_another_kind_is_refused(copy, part, value):
+    mimic = load_checkpoint(copy / "runs/mimic", ("mimic",))
+    torch.save(mimic | {part: value}, copy / "odd.pt")
+    refused(copy, "evaluate.py --runs odd.pt", "odd.pt is damaged", part)
