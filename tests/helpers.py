@@ -6,6 +6,7 @@ import importlib
 import io
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -140,6 +141,7 @@ def start(folder, command, lines):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it may be ignored here
     )
     log, deadline = folder / "runs/long/log.csv", time.time() + 120
     while not (log.exists() and len(log.read_text().splitlines()) > lines):
