@@ -412,7 +412,7 @@ def print_row(row):
     label = label if len(label) <= 36 else "..." + label[-33:]
     values = [row[column] for column in ("mean", "expert", "% expert")]
     cells = [f"{v:,.0f}" if abs(v) >= 1_000 else f"{v:.1f}" for v in values]
-    cells.append(f"{row['low']:.0f} to {row['high']:.0f}" if row["low"] == row["low"] else "")
+    cells.append("" if math.isnan(row["low"]) else f"{row['low']:.0f} to {row['high']:.0f}")
     common.show(LINE.format(row["game"], label, *(cell.replace("nan", "-") for cell in cells)))
 
 

@@ -243,6 +243,7 @@ def td_loss(q_values, actions, targets):
 
 
 def train(args, run):
+    """Learn one game; run: its folder, with checkpoint, log and Ctrl-C (common.Run)."""
     # Set up: network, target, optimizer, and where the run was when it stopped.
     device = common.pick_device(args.device)
     autocast = common.pick_autocast(args.precision, device)

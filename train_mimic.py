@@ -282,6 +282,7 @@ def load_expert(path):
 
 
 def train(args, run):
+    """Train the mimic; run: its folder, with checkpoint, log and Ctrl-C (common.Run)."""
     # Set up: experts, student, optimizer, and where the run was when it stopped.
     device = common.pick_device(args.device)
     autocast = common.pick_autocast(args.precision, device)
@@ -312,19 +313,18 @@ def train(args, run):
     with torch.no_grad():
         width = student(example.to(device))[1].shape[1]
     expert_widths = [expert["net_args"]["hidden"][-1] for expert in experts]
-    regressors = nn.ModuleList(nn.Linear(width, expert_width) for expert_width in expert_widths).to(
-        device
-    )
+    regressors = nn.ModuleList(nn.Linear(width, expert_width) for expert_width in expert_widths)
+    regressors.to(device)
     weights = [*student.parameters(), *regressors.parameters()]
     # fused: the whole update in one pass over the weights, which is faster.
     optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
     step, scores = 0, [deque(maxlen=30) for _ in games]  # of the student's last finished episodes
     if run.saved:
-        before = run.saved["games"], run.saved["marks"], run.saved["network"]
-        if before != (games, marks, Student.__name__):
+        saved_setup = run.saved["games"], run.saved["marks"], run.saved["network"]
+        if saved_setup != (games, marks, Student.__name__):
             raise common.UserError(
                 f"{run.folder} holds a mimic of other experts, or another Student, for "
-                f"{', '.join(before[0])}; name another --out"
+                f"{', '.join(saved_setup[0])}; name another --out"
             )
         common.load_state(run.saved, student, optimizer, rng, run.folder)
         if "optimizer" in run.saved:  # else it is a mimic.pt: the linear maps start afresh, too

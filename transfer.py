@@ -254,6 +254,7 @@ def rescale(net, fresh):
 
 
 def train(args, run):
+    """Learn one game; run: its folder, with checkpoint, log and Ctrl-C (common.Run)."""
     # Set up: network, target, optimizer, and where the run was when it stopped.
     device = common.pick_device(args.device)
     autocast = common.pick_autocast(args.precision, device)

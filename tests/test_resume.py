@@ -50,7 +50,7 @@ def test_same_seed_same_run(copy, command):
 @pytest.mark.parametrize("command", [EXPERT + " --game pong", MIMIC, TRANSFER])
 def test_same_command_resumes_and_steps_may_grow(copy, command):
     # Exact in weights, optimizer, random generator and log. The emulators begin new games, since
-    # their state cannot be saved, and the mimic fills its replay anew: so two continuations equal
+    # their state cannot be saved, and the mimic refills its replay: so two continuations equal
     # each other, and not the run that never stopped.
     run(copy, f"{command} --out runs/one")
     finished = contents(copy / "runs/one")
