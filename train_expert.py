@@ -5,7 +5,7 @@ Gallici et al., 2025, arXiv 2407.04811): many emulators side by side replace the
 Q(lambda) returns look several steps ahead. A moving average of the weights acts and gives targets.
 
     python train_expert.py --game pong --steps 50_000 --out runs/try-expert  # a minute
-    python train_expert.py --game atlantis  # two cores: 15 minutes, 60,000 points
+    python train_expert.py --game breakout  # two hours, one core of two busy
     python train_expert.py --game breakout --steps 25_000_000 --out runs/paper-expert  # as paper
 
 Output: the folder --out with checkpoint.pt (the same command resumes from it), log.csv, and
@@ -40,13 +40,13 @@ TWO_PLAYER_GAMES = {
 class Args:
     # Run
     game: str = "pong"  # name of the game: ms_pacman, MsPacman or ALE/MsPacman-v5
-    steps: int = 1_200_000  # decisions of all environments, 4 frames each (paper: 25M)
+    steps: int = 5_000_000  # decisions of all environments, 4 frames each (paper: 25M)
     seed: int = 1  # of the weights, exploration, shuffling and emulators
     out: str = ""  # folder of the run (empty: runs/expert-<game>)
     # Network
     channels: tuple = (16, 32, 32)  # kernels 8, 4, 3, 3, strides 4, 2, 1, 1 (paper: 32 64 64)
     hidden: tuple = (256,)  # fully connected layers (paper: 512)
-    norm: str = "all"  # LayerNorm: after all layers but the last, linear ones, or none (paper)
+    norm: str = "linear"  # LayerNorm: after all layers but the last, linear ones, or none (paper)
     # Acting
     num_envs: int = 32  # emulators side by side (paper: 1)
     rollout: int = 32  # steps of each environment between two rounds of learning
@@ -56,7 +56,7 @@ class Args:
     # Learning
     epochs: int = 2  # passes over each rollout
     minibatch: int = 128  # observations per gradient step (paper: 32)
-    lr: float = 5e-4  # of RAdam
+    lr: float = 5e-4  # of RAdam; Muon's, for the hidden weight matrices, is 40 times as large
     decay: float = 0.3  # share of the run, at its end, over which lr falls to zero
     gamma: float = 0.99  # discount (as paper)
     lam: float = 0.85  # of Q(lambda) returns (0: one step, 1: to the rollout's end)
@@ -257,8 +257,7 @@ def train(args, run):
     # Paper: a copy made every 10,000 steps, which gives targets only. Here the moving average of
     # net's weights, which also plays, and is what is saved.
     target = copy.deepcopy(net)
-    # foreach: one call for all weights, not one for each, which is faster.
-    optimizer = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)
+    optimizer = common.Muon(net, lr=args.lr, autocast=autocast)
     step, scores = 0, deque(maxlen=100)  # scores of the last finished episodes
     if run.saved:
         common.load_state(run.saved, target, optimizer, rng, run.folder)

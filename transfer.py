@@ -54,7 +54,7 @@ class Args:
     # Learning
     epochs: int = 2  # passes over each rollout
     minibatch: int = 128  # observations per gradient step (paper: 32)
-    lr: float = 5e-4  # of RAdam
+    lr: float = 5e-4  # of RAdam; Muon's, for the hidden weight matrices, is 40 times as large
     decay: float = 0.3  # share of the run, at its end, over which lr falls to zero
     gamma: float = 0.99  # discount (as paper)
     lam: float = 0.85  # of Q(lambda) returns (0: one step, 1: to the rollout's end)
@@ -282,8 +282,7 @@ def train(args, run):
     # Paper: a copy made every 10,000 steps, which gives targets only. Here the moving average of
     # net's weights, which also plays, and is what is saved.
     target = copy.deepcopy(net)
-    # foreach: one call for all weights, not one for each, which is faster.
-    optimizer = torch.optim.RAdam(net.parameters(), lr=args.lr, foreach=True)
+    optimizer = common.Muon(net, lr=args.lr, autocast=autocast)
     step, scores = 0, deque(maxlen=100)  # scores of the last finished episodes
     if run.saved:
         common.load_state(run.saved, target, optimizer, rng, run.folder)

@@ -37,8 +37,6 @@ import transfer
 from train_expert import AtariNet, act, legal_actions, make_envs
 
 SECONDS = 5  # of each bare measurement
-RADAM = functools.partial(torch.optim.RAdam, lr=1e-5, foreach=True)  # as stages 1 and 3 have it
-ADAM = functools.partial(torch.optim.Adam, lr=1e-5, fused=True)  # as stage 2 has it
 STEPS = {"expert": 40_960, "mimic": 16_128, "transfer": 40_960}  # of each stage, whole rounds
 
 
@@ -69,16 +67,16 @@ def bare_emulator(games, num_envs):
     return rate(step, len(games) * num_envs)
 
 
-def bare_network(args, batch, learning, autocast, optimizer=RADAM, regressors=()):
+def bare_network(args, batch, learning, autocast, regressors=()):
     """Observations per second, acting on a batch or learning from it.
 
     regressors: the widths of the experts' features, one linear map for each, which learn as well.
     """
-    net = AtariNet(args.channels, args.hidden).to(memory_format=torch.channels_last)
+    net = AtariNet(args.channels, args.hidden, args.norm).to(memory_format=torch.channels_last)
     maps = torch.nn.ModuleList(torch.nn.Linear(args.hidden[-1], width) for width in regressors)
     obs = torch.randint(256, (batch, 4, 84, 84), dtype=torch.uint8)
     obs = obs.to(memory_format=torch.channels_last)
-    optimizer = optimizer([*net.parameters(), *maps.parameters()])
+    optimizer = common.Muon(net, maps, lr=1e-5, autocast=autocast)
 
     def forward():
         with torch.inference_mode(), autocast:
@@ -125,7 +123,7 @@ class Timer:
 
 def run_stage(stage, module, **flags):
     """Run a stage with its default recipe and print where its time goes; returns its steps/s."""
-    timer, optimizer = Timer(), torch.optim.Adam if stage == "mimic" else torch.optim.RAdam
+    timer = Timer()
     for name in ("step", "send", "recv"):
         timer.wrap(module.AtariVectorEnv, name, "emulator")
     timer.wrap(module, "act", "acting")
@@ -135,7 +133,7 @@ def run_stage(stage, module, **flags):
         lambda: "learning" if torch.is_grad_enabled() else "acting",
     )
     timer.wrap(torch.Tensor, "backward", "learning")
-    timer.wrap(optimizer, "step", "learning")
+    timer.wrap(common.Muon, "step", "learning")
     timer.wrap(torch.nn.utils, "clip_grad_norm_", "learning")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         module.main(module.Args(steps=STEPS[stage], out=f"{folder}/run", **flags))
@@ -247,7 +245,7 @@ def main(stage, count=None):
         acting = bare_network(args, G * N, False, autocast)
         labelling = bare_network(expert, args.rollout * N, False, autocast)
         widths = G * [expert.hidden[-1]]
-        learning = bare_network(args, G * args.minibatch, True, autocast, ADAM, widths)
+        learning = bare_network(args, G * args.minibatch, True, autocast, widths)
         reuse = args.updates * args.minibatch / (args.rollout * N)
         limit = 1 / (1 / emulator + 1 / acting + 1 / labelling + reuse / learning)
         bare = f"acting {acting:,.0f}, experts {labelling:,.0f}, learning {learning:,.0f}"
@@ -269,8 +267,8 @@ def main(stage, count=None):
         speed = run_stage(stage, train_mimic, experts=paths, actor="student") * len(experts)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            net = AtariNet()
-            net_args = {"channels": [32, 64, 64], "hidden": [512]}
+            net_args = {name: getattr(widths, name) for name in ("channels", "hidden", "norm")}
+            net = AtariNet(**net_args)
             path = Path(folder) / "mimic.pt"
             contents = {"stage": "mimic", "games": [], "net_args": net_args}
             contents |= dict.fromkeys(
