@@ -516,6 +516,13 @@ def load_checkpoint(path, stages):
     return checkpoint
 
 
+def run_name(path):
+    """Name what a checkpoint is of: mimics/amn.pt, runs/amn and runs/amn/mimic.pt are all amn."""
+    path = Path(path).resolve()
+    in_its_folder = path.name in ("checkpoint.pt", "expert.pt", "mimic.pt")
+    return path.parent.name if in_its_folder else path.name.removesuffix(".pt")
+
+
 def make_network(cls, checkpoint, path):
     """Build a checkpoint's network and load its weights; raises UserError, naming path."""
     try:

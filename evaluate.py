@@ -60,10 +60,10 @@ rcParams["text.parse_math"] = False  # a $ in the name of a run is no formula
 
 # Half-widths of a 95% interval of a mean, in standard errors, by number of seeds (Student's t).
 STUDENT_T = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-ARMS = {"mimic": "from the mimic", "control": "from random weights"}  # of transfer.py
 COLOURS = "C0", "C2", "C3", "C4", "C5", "C6", "C8", "C9"  # C1: the paper's, C7: the control
 LINE = "{:15} {:36} {:>9} {:>9} {:>7} {:>14}"
 HEADING = LINE.format("game", "network", "score", "expert", "%", "95% interval")
+CONTROL = "from random weights"  # an arm of transfer.py
 MEDIAN = "Median of all games"  # a panel of the curves, beside those of games
 PAPERS = "the paper's network"  # a bar of each game
 AT_ONCE = 48  # episodes played at a time, or four for each core
@@ -606,6 +606,101 @@ def mean_over_run(steps, scores):
     return np.trapezoid(scores, steps) / (steps[-1] - steps[0]) if len(steps) > 1 else math.nan
 
 
+def arm_name(arm):
+    """Name an arm of transfer.py in a figure."""
+    return {"control": CONTROL, "mimic": "from the mimic"}.get(arm, f"from {arm}")
+
+
+def arms_of(groups):
+    """Return the runs of transfer.py as {arm: {game: (steps, (seeds, steps) scores)}}."""
+    arms = {}
+    for game, curves in groups.items():
+        for label, seeds in curves.items():
+            if label.startswith(f"transfer-{game}-"):
+                arm = arms.setdefault(label.removeprefix(f"transfer-{game}-"), {})
+                arm[game] = align(seeds)
+    return arms
+
+
+def align(seeds):
+    """Put the curves of several seeds on common steps: (T,), (seeds, T), nan where one has none."""
+    steps = max((steps for steps, _, _ in seeds), key=len)
+    return steps, np.stack([np.interp(steps, x, y, np.nan, np.nan) for x, y, _ in seeds])
+
+
+def steps_to_control(steps, scores, control_steps, control_scores):
+    """Steps until the mean of an arm's seeds reaches the last score of the control's mean.
+
+    In shares of the control's steps, and inf if it is not reached. Between two rows of a log the
+    score changes in a straight line. steps: (T,); scores: (seeds, T); the control's likewise.
+    """
+    goal, mean = control_scores[:, -1].mean(), scores.mean(0)
+    reached = np.flatnonzero(mean >= goal)
+    if not len(reached):
+        return math.inf
+    first = reached[0]
+    step = steps[first]
+    if first and not np.isnan(mean[first - 1]):
+        step = np.interp(goal, mean[first - 1 : first + 1], steps[first - 1 : first + 1])
+    return step / control_steps[-1]
+
+
+def compare_arms(groups, resamples=2_000):
+    """Compare the arms of transfer.py with its control: {arm: {game: (ratio, low, high)}}.
+
+    groups: as of group_curves. The ratio is that of steps_to_control. MEDIAN has the median of
+    several games. The intervals resample the seeds of both.
+    """
+    arms, rng = arms_of(groups), np.random.default_rng(0)
+    control, compared = arms.pop("control", {}), {}
+
+    def resample_seeds(scores):
+        return scores[rng.integers(len(scores), size=len(scores))]
+
+    for arm, curves in arms.items():
+        games = [game for game in curves if game in control]
+        draws = []
+        for game in games:
+            (x, own), (y, base) = curves[game], control[game]
+            draws.append([steps_to_control(x, own, y, base)])
+            for _ in range(resamples):
+                again = resample_seeds(own), resample_seeds(base)
+                draws[-1].append(steps_to_control(x, again[0], y, again[1]))
+        if len(games) > 1:
+            games, draws = [*games, MEDIAN], [*draws, np.median(draws, 0)]
+        for game, (ratio, *drawn) in zip(games, draws):
+            # No value between two draws, since some are infinite.
+            low, high = np.percentile(drawn, [2.5, 97.5], method="inverted_cdf")
+            compared.setdefault(arm, {})[game] = ratio, low, high
+    return compared
+
+
+def print_arms(compared):
+    """Print when each arm of transfer.py reaches what the control reaches in the end."""
+    for arm, by_game in compared.items():
+        for game, interval in by_game.items():
+            ratio, low, high = ("never" if math.isinf(x) else f"{x:.2f}" for x in interval)
+            print(f"{game}, {arm}: steps to the control's last score {ratio} ({low} to {high})")
+
+
+def draw_arms(compared, path):
+    """Draw the steps to the control's last score, with intervals: a line per game and arm."""
+    games = list(dict.fromkeys(game for by_game in compared.values() for game in by_game))
+    figure, (panel,) = make_panels(1, 1, (6.5, 0.9 + 0.45 * len(games)))
+    for n, (arm, by_game) in enumerate(compared.items()):
+        places = [games.index(game) + 0.25 * (n - (len(compared) - 1) / 2) for game in by_game]
+        ratio, low, high = np.minimum(np.array(list(by_game.values())), 1.2).T  # beyond: never
+        panel.hlines(places, low, high, color=COLOURS[n % len(COLOURS)])
+        panel.plot(ratio, places, "o", color=COLOURS[n % len(COLOURS)], label=arm_name(arm))
+    panel.axvline(1, color="C7")
+    panel.set_xticks([0, 0.25, 0.5, 0.75, 1, 1.2], ["0", "25%", "50%", "75%", "control", "never"])
+    panel.set_yticks(range(len(games)), [game.replace("_", " ").title() for game in games])
+    panel.set_xlabel("steps to the control's last score")
+    panel.invert_yaxis()
+    panel.legend(fontsize=8)
+    save_figure(figure, path)
+
+
 def print_curves(groups):
     """Print each curve's mean over the run, more where learning is early, and its last score.
 
@@ -638,11 +733,10 @@ def draw_curves(groups, path):
     for panel, (game, curves) in zip(panels, groups.items()):
         colours = iter(COLOURS)
         for label, seeds in curves.items():
-            steps = max((steps for steps, _, _ in seeds), key=len)
-            scores = np.stack([np.interp(steps, x, y, np.nan, np.nan) for x, y, _ in seeds])
+            steps, scores = align(seeds)
             arm = label.removeprefix(f"transfer-{game}-")
-            name = ARMS.get(arm, arm) if arm != label else label.removesuffix(f"-{game}")
-            colour = "C7" if name == ARMS["control"] else next(colours, "black")
+            name = arm_name(arm) if arm != label else label.removesuffix(f"-{game}")
+            colour = "C7" if name == CONTROL else next(colours, "black")
             name = f"{name} ({len(seeds)} seeds)" if len(seeds) > 1 else name
             (line,) = panel.plot(steps, scores.mean(0), color=colour, label=name)
             if len(seeds) > 1:
@@ -750,6 +844,10 @@ def main(args):
             print_curves(curves)
             draw_curves(curves, out / f"{args.name}-curves.png")
             print(f"wrote {out / args.name}-curves.png")
+            if compared := compare_arms(curves):
+                print_arms(compared)
+                draw_arms(compared, out / f"{args.name}-arms.png")
+                print(f"wrote {out / args.name}-arms.png")
         filmed = [player for player in players if player.label in args.runs]
         names = [re.sub(r"\W+", "-", p.label.removesuffix(".pt")).strip("-") for p in filmed]
         if len(set(names)) < len(names):  # a-b and a/b

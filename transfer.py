@@ -44,7 +44,7 @@ class Args:
     keep_head: bool = False  # keep the output layer (paper: yes) and the norm before it
     steps: int = 400_000  # decisions of all environments, 4 frames each (paper: 10M)
     seed: int = 1  # of the weights, exploration, shuffling and emulators
-    out: str = ""  # folder of the run (empty: runs/transfer-<game>-<arm>-s<seed>)
+    out: str = ""  # folder of the run (empty: runs/transfer-<game>-<mimic or control>-s<seed>)
     # Acting
     num_envs: int = 32  # emulators side by side (paper: 1)
     rollout: int = 32  # steps of each environment between two rounds of learning
@@ -417,7 +417,8 @@ def train(args, run):
 
 
 def main(args):
-    out = args.out or f"runs/transfer-{args.game}-{args.arm}-s{args.seed}"
+    arm = common.run_name(args.mimic) if args.arm == "mimic" else "control"
+    out = args.out or f"runs/transfer-{args.game}-{arm}-s{args.seed}"
     with common.Run(out, "transfer", args) as run:
         train(args, run)
 

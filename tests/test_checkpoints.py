@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from common import UserError, load_checkpoint, save_checkpoint
+from common import UserError, load_checkpoint, run_name, save_checkpoint
 from helpers import MIMIC, ROOT, TRANSFER, contents, refused, run
 from train_expert import AtariNet
 from train_mimic import load_expert
@@ -161,3 +161,15 @@ def test_checkpoint_with_a_part_of_another_kind_is_refused(copy, part, value):
     mimic = load_checkpoint(copy / "runs/mimic", ("mimic",))
     torch.save(mimic | {part: value}, copy / "odd.pt")
     refused(copy, "evaluate.py --runs odd.pt", "odd.pt is damaged", part)
+
+
+def test_a_checkpoint_is_named_after_its_run_or_its_file(tmp_path):
+    for path in (
+        "mimics/amn.pt",
+        "runs/amn",
+        "runs/amn/mimic.pt",
+        "runs/amn/",
+        "amn/checkpoint.pt",
+    ):
+        assert run_name(tmp_path / path) == "amn"
+    assert run_name(tmp_path / "amn-0.5") == "amn-0.5"

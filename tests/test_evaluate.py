@@ -16,7 +16,7 @@ import torch
 
 import evaluate
 from common import Stop, UserError, load_checkpoint
-from evaluate import MEDIAN, bootstrap, group_curves, interquartile_mean, print_curves
+from evaluate import MEDIAN, bootstrap, compare_arms, group_curves, interquartile_mean, print_curves
 from helpers import EXPERT, MIMIC, TRANSFER, call, call_all, call_here, refused, rows, run
 from train_expert import make_envs
 
@@ -101,6 +101,39 @@ def test_curves_are_summed_up_with_an_interval_over_seeds(tmp_path, capsys):
         f"{end:.1f} ({end - half:.1f} to {end + half:.1f}) at its end\n"
         "pong, c (2 seeds), after 20 to 1,000 steps: 5.5 over the run, 6.0 at its end\n"
     )
+
+
+def write_arms(folder, arms):
+    """Write logs of transfer.py: {(game, arm): each seed's scores after 100, 200, 400 steps}."""
+    for (game, arm), seeds in arms.items():
+        for seed, scores in enumerate(seeds, 1):
+            text = "".join(f"{s},1,{y}\n" for s, y in zip((100, 200, 400), scores))
+            path = folder / f"transfer-{game}-{arm}-s{seed}.csv"
+            path.write_text(f"step,minutes,{game}_score\n{text}")
+
+
+def test_steps_to_the_controls_last_score(copy, tmp_path):
+    control = [("nan", 2, 9), ("nan", 2, 11)]  # a mean of 10 after 400 steps
+    arms = {("pong", "control"): control, ("krull", "control"): control}
+    arms |= {("pong", "amn-policy"): [("nan", 5, 12), ("nan", 5, 18)]}  # 10 half way from 5 to 15
+    arms |= {("krull", "amn-policy"): [(10, 20, 0), (10, 20, 0)]}  # at once
+    arms |= {("pong", "amn-feature"): [(1, 2, 9.9), (1, 2, 9.9)]}  # not, on the average
+    write_arms(tmp_path, arms)
+    compared = compare_arms(group_curves(sorted(tmp_path.glob("*.csv"))))
+    policy, feature = compared["amn-policy"], compared["amn-feature"]
+    assert compared.keys() == {"amn-policy", "amn-feature"}
+    assert policy["pong"][0] == pytest.approx(300 / 400)
+    assert policy["krull"] == pytest.approx((0.25, 0.25, 0.275))  # a goal of 11 takes longer
+    assert policy[MEDIAN][0] == pytest.approx((0.75 + 0.25) / 2)
+    # Goals of 9, 10 and 11 meet means of 12, 15 and 18.
+    low, high = 0.5 + 0.5 * (9 - 5) / (18 - 5), 0.5 + 0.5 * (11 - 5) / (12 - 5)
+    assert policy["pong"][1:] == pytest.approx((low, high))
+    assert feature["pong"] == pytest.approx((math.inf, 0.5 + 0.5 * 7 / 7.9, math.inf))
+    assert MEDIAN not in feature  # of one game
+    said = run(copy, f"evaluate.py --curves {tmp_path}/*.csv --device cpu")
+    assert "pong, amn-feature: steps to the control's last score never (0.94 to never)" in said
+    assert f"{MEDIAN}, amn-policy: steps to the control's last score 0.50" in said
+    assert (copy / "results/table-arms.png").exists()
 
 
 def test_the_mean_of_curves_is_drawn_where_all_seeds_have_a_score(tmp_path, monkeypatch):

