@@ -385,10 +385,11 @@ class Muon(torch.optim.RAdam):
         lr: of RAdam. Muon's is 40 times as large: 0.02 for 5e-4, which are usual.
         autocast: if it is enabled, matrices are multiplied in bfloat16, as in the network.
         """
-        hidden = [weight for name, weight in net.named_parameters() if not name.startswith("head.")]
-        matrices = [weight for weight in hidden if weight.ndim > 1]
-        rest = [weight for weight in hidden if weight.ndim == 1]
-        for module in (net.head, *others):
+        matrices, rest = [], []
+        for name, weight in net.named_parameters():
+            hidden = weight.ndim > 1 and "head" not in name.split(".")
+            (matrices if hidden else rest).append(weight)
+        for module in others:
             rest += module.parameters()
         # foreach: one call for all weights, not one for each, which is faster.
         super().__init__([{"params": rest}, {"params": matrices}], lr=lr, foreach=True)
@@ -685,9 +686,9 @@ class Run:
             raise UserError(f"another process has just worked in {self.folder}; start again")
         self.trim_log()
         parameters = sum(weight.numel() for weight in net.parameters())
-        begins = f"resumes at step {self.first_step:,}" if self.first_step else "starts"
+        begins = f"resumes at step {self.first_step:,} of" if self.first_step else "starts:"
         show(
-            f"{self.folder} {begins} of {self.args.steps:,} ({4 * self.args.steps:,} frames)\n"
+            f"{self.folder} {begins} {self.args.steps:,} steps ({4 * self.args.steps:,} frames)\n"
             f"{parameters:,} parameters in {'bfloat16' if autocast._enabled else 'float32'} on "
             f"{device}, {torch.get_num_threads()} threads, {buffer_bytes / 1e6:,.0f} MB of "
             "observations"
@@ -723,7 +724,7 @@ class Run:
 
     def save(self, name, **contents):
         """Write a checkpoint into the folder."""
-        contents |= {"stage": self.stage, "minutes": self.minutes()}
+        contents = {"stage": self.stage, "minutes": self.minutes()} | contents
         save_checkpoint(self.folder / name, self.args, **contents)
 
     def report(self, step, row, text):

@@ -358,7 +358,10 @@ def bootstrap(statistic, own, base, resamples=2_000):
     """Return statistic(percent(own, base)) and the two ends of its 95% interval.
 
     The interval is a bootstrap that resamples both. Of fewer than some ten seeds it is too narrow.
+    A single episode has none: its ends are nan.
     """
+    if own[0].size == 1:
+        return statistic(percent(own, base)), math.nan, math.nan
     rng = np.random.default_rng(0)
     draws = [statistic(percent(resample(own, rng), resample(base, rng))) for _ in range(resamples)]
     return statistic(percent(own, base)), *np.percentile(draws, [2.5, 97.5])
@@ -471,7 +474,8 @@ def print_middle(title, own, base):
 
 def show_interval(interval):
     """Write a value and its interval: (value, low, high) -> text."""
-    return "{:.1f} ({:.1f} to {:.1f})".format(*interval)
+    value, low, high = interval
+    return f"{value:.1f}" if math.isnan(low) else f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
 def write_csv(rows, path):
@@ -581,6 +585,9 @@ def group_curves(paths):
             raise common.UserError(f"{path} and {named[name]} are both named {name}: rename one")
         label = without_seed(name)
         for column in [column for column in log if column.endswith("_score")]:
+            if np.isnan(log[column]).all():
+                print(f"note: {path} has no {column} yet: no episode has ended", file=sys.stderr)
+                continue
             game = column.removesuffix("_score")
             percent = log.get(f"{game}_percent", np.zeros(len(log[column])))
             known = percent > 0
@@ -872,6 +879,10 @@ def measure(players, args, device, stop, table):
     """Play, print a line as soon as a game's episodes are over, and sum up what was measured."""
     by_label = {player.label: player for player in players}
     results, rows = {}, {}  # {(label, game, sticky): scores}, {the same: row of the table}
+    order = [(p.label, game, sticky) for p in players for game in p.games for sticky in args.sticky]
+
+    def in_order(rows):
+        return [rows[key] for key in order if key in rows]
 
     def add_rows(all_of_them):
         new = []
@@ -883,7 +894,7 @@ def measure(players, args, device, stop, table):
                 new += [key] if label in ("random", *args.runs) else []
         try:
             if rows:
-                write_csv(list(rows.values()), table)  # before printing: `| head` may have left
+                write_csv(in_order(rows), table)  # before printing: `| head` may have left
         except common.UserError as error:  # on Windows, while a spreadsheet shows it
             if all_of_them:
                 raise
@@ -906,11 +917,11 @@ def measure(players, args, device, stop, table):
         common.show(f"stopped; {table} has {len(rows)} rows that are complete")
     for sticky in args.sticky if rows else ():
         print_summary(players, results, sticky)
-    shown = [row for row in rows.values() if row["sticky"] == args.sticky[0]]
+    shown = [row for row in in_order(rows) if row["sticky"] == args.sticky[0]]
     groups = group_seeds(players, results, args.sticky[0])
     if shown:
         drawn = draw_bars(shown, groups, table.with_suffix(".png"))
-        why = " and .png" if drawn else "; no bars: no expert to compare with"
+        why = " and .png" if drawn else "; no bars: no scores of an expert to compare with"
         common.show(f"wrote {table}{why}")
 
 

@@ -271,7 +271,7 @@ class FrameReplay:
 # The network that learns. For another architecture write `class MyNet(nn.Module)` above this line,
 # and `Student = MyNet` here: the experts are still read with AtariNet, and evaluate.py finds your
 # class by its name. It takes net_args of train(), and maps obs (B, 4, 84, 84) uint8 to logits
-# (B, 18) and features (B, F), both float32.
+# (B, 18) and features (B, F): return both with .float(), since autocast may compute in bfloat16.
 Student = AtariNet
 
 

@@ -22,6 +22,8 @@ from train_expert import make_envs
 
 
 def test_evaluate_measures_draws_and_films(copy, short_episodes):
+    log = copy / "runs/expert-pong/log.csv"
+    log.write_text(log.read_text().replace("nan", "1"))  # as if episodes had ended
     for seed in (1, 2):
         run(copy, f"{TRANSFER} --seed {seed}")
     said = run(
@@ -41,6 +43,9 @@ def test_evaluate_measures_draws_and_films(copy, short_episodes):
         )
         for game in games
     }
+    experts = [f"runs/expert-{game}/expert.pt" for game in ("pong", "boxing")]
+    networks = list(dict.fromkeys(row["network"] for row in table))
+    assert networks == ["runs/mimic", *experts, "random"]  # not as their episodes ended
     for row in table:
         if row["game"] == "pong":
             assert -21 <= float(row["mean"]) <= 21 and float(row["max"]) >= float(row["mean"])
@@ -66,7 +71,6 @@ def test_evaluate_measures_draws_and_films(copy, short_episodes):
     )
     assert all(len(line) <= 100 for line in lines)
     assert "runs/mimic: % of human" in said
-    log = copy / "runs/expert-pong/log.csv"
     assert set(group_curves([log, log.parent])) == {"pong"}  # a folder stands for its log
     assert len(group_curves([log, log.parent])["pong"]["expert-pong"]) == 1
     shutil.copytree(log.parent, copy / "other/expert-pong")  # would pass for a second seed
@@ -90,13 +94,15 @@ def test_curves_are_summed_up_with_an_interval_over_seeds(tmp_path, capsys):
         lines = "5,1,nan", f"10,2,{1 + more}", f"20,3,{3 + more}", f"50,4,{3 + more}"
         text = "\n".join(["step,minutes,pong_score", *lines])
         (tmp_path / f"a-s{seed}.csv").write_text(text)
-    (tmp_path / "b-s1.csv").write_text("step,minutes,pong_score\n5,1,nan\n")  # too short: no line
+    (tmp_path / "b-s1.csv").write_text("step,minutes,pong_score\n5,1,nan\n")  # too short
     (tmp_path / "c-s1.csv").write_text("step,minutes,pong_score\n10,1,4\n20,2,6\n")
     (tmp_path / "c-s2.csv").write_text("step,minutes,pong_score\n20,1,6\n1000,2,6\n")
     print_curves(group_curves(sorted(tmp_path.glob("*.csv"))))
     half = 4.30 * statistics.stdev([0, 1, 5]) / 3**0.5
     over, end = 4.75, 5.0
-    assert capsys.readouterr().out == (
+    said = capsys.readouterr()
+    assert "b-s1.csv has no pong_score yet" in said.err
+    assert said.out == (
         f"pong, a (3 seeds): {over:.1f} ({over - half:.1f} to {over + half:.1f}) over the run, "
         f"{end:.1f} ({end - half:.1f} to {end + half:.1f}) at its end\n"
         "pong, c (2 seeds), after 20 to 1,000 steps: 5.5 over the run, 6.0 at its end\n"
@@ -243,6 +249,8 @@ def test_evaluate_finds_out_before_the_games_that_it_may_not_write(copy):
 
 
 def test_full_disk_keeps_the_old_table(copy):
+    log = copy / "runs/mimic/log.csv"
+    log.write_text(log.read_text().replace("nan", "1"))  # as if episodes had ended
     command = "evaluate.py --curves runs/mimic/log.csv"
     run(copy, command)
     refused(
@@ -288,6 +296,12 @@ def test_intervals_hold_the_noise_of_the_experts_episodes_too(capsys):
 
     assert width(np.full(30, 20.0)) == 0
     assert width(20 + 10 * np.linspace(-1, 1, 30)) > 5
+
+
+def test_one_episode_has_no_interval():
+    value, low, high = bootstrap(np.mean, np.full((1, 1, 1), 30.0), np.full((1, 1, 4), 60.0))
+    assert value == 50 and math.isnan(low) and math.isnan(high)
+    assert evaluate.show_interval((value, low, high)) == "50.0"
 
 
 def test_intervals_hold_the_seeds_too(capsys):
