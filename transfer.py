@@ -59,7 +59,6 @@ class Args:
     gamma: float = 0.99  # discount (as paper)
     lam: float = 0.85  # of Q(lambda) returns (0: one step, 1: to the rollout's end)
     target_rate: float = 0.1  # share of the way that target moves to net each round
-    max_grad_norm: float = 10.0  # largest gradient norm (paper: each TD error is cut to -1 ... 1)
     # Machine
     report_every: int = 50_000  # steps between two lines of the log, each with a checkpoint
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ... or mps
@@ -71,7 +70,7 @@ class Args:
         common.require_one_of("--arm", self.arm, ("mimic", "control"))
         common.require(self.arm == "mimic" or not self.keep_head, "--keep-head needs --arm mimic")
         common.require_positive(self, "steps", "rollout", "epochs", "minibatch", "lr")
-        common.require_positive(self, "target_rate", "max_grad_norm", "report_every")
+        common.require_positive(self, "target_rate", "report_every")
         common.require_shares(self, "gamma", "lam", "epsilon", "explore", "decay", "target_rate")
         common.require_shares(self, "sticky")
         common.require_range(self, 1, 10_000, "num_envs")
@@ -232,8 +231,11 @@ def q_lambda_targets(rewards, stop, max_q, gamma, lam):
 
 
 def td_loss(q_values, actions, targets):
-    """Mean squared error of the chosen actions' Q-values: (B, 18), (B,) int64, (B,) -> scalar."""
-    return F.mse_loss(q_values.gather(1, actions[:, None]).squeeze(1), targets)
+    """Huber loss of the chosen actions' Q-values: (B, 18), (B,) int64, (B,) -> scalar.
+
+    Its gradient is the error cut to -1 ... 1, as in DQN.
+    """
+    return F.huber_loss(q_values.gather(1, actions[:, None]).squeeze(1), targets)
 
 
 # Training
@@ -367,12 +369,12 @@ def train(args, run):
                 loss = td_loss(q_values, batch_actions, targets[batch].to(device))
                 optimizer.zero_grad()
                 loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
                 optimizer.step()
         with torch.no_grad():
             for slow, weight in zip(target.parameters(), net.parameters()):
                 slow.lerp_(weight, args.target_rate)  # slow += target_rate * (weight - slow)
         step += T * N
+        grad_norm = nn.utils.get_total_norm([weight.grad for weight in net.parameters()])
         common.check_finite(loss + grad_norm, step, run.folder)
 
         # Report, once in a while: save, then write to the log.
@@ -383,7 +385,7 @@ def train(args, run):
                 f"{args.game}_score": score,
                 "max_q": max_q.mean().item(),  # mean over the rollout of max_a Q(s, a)
                 "td_loss": loss.item(),
-                "grad_norm": grad_norm.item(),  # before it is clipped
+                "grad_norm": grad_norm.item(),
                 # Share of the features that are 0 on all of the last minibatch.
                 "dead": (features == 0).all(0).float().mean().item(),
                 "epsilon": epsilon,

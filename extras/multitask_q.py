@@ -64,7 +64,6 @@ class Args:
     gamma: float = 0.99  # discount
     lam: float = 0.85  # of Q(lambda) returns (0: one step, 1: to the rollout's end)
     target_rate: float = 0.1  # share of the way that target moves to net each round
-    max_grad_norm: float = 10.0  # largest gradient norm
     # Machine
     report_every: int = 20_000  # steps between two lines of the log, each with a checkpoint
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ... or mps
@@ -75,8 +74,7 @@ class Args:
         common.require(len(self.channels) <= 4, "--channels takes at most 4 widths")
         common.require_one_of("--norm", self.norm, ("all", "linear", "none"))
         common.require_positive(self, "channels", "hidden", "steps", "rollout", "epochs")
-        common.require_positive(self, "minibatch", "lr", "target_rate", "max_grad_norm")
-        common.require_positive(self, "report_every")
+        common.require_positive(self, "minibatch", "lr", "target_rate", "report_every")
         common.require_shares(self, "gamma", "lam", "epsilon", "explore", "decay", "target_rate")
         common.require_shares(self, "sticky")
         common.require_range(self, 1, 10_000, "num_envs")
@@ -229,12 +227,12 @@ def train(args, run):
                 loss = td_loss(q_values, batch_actions, targets[:, batch].flatten().to(device))
                 optimizer.zero_grad()
                 loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
                 optimizer.step()
         with torch.no_grad():
             for slow, weight in zip(target.parameters(), net.parameters()):
                 slow.lerp_(weight, args.target_rate)
         step += T * N
+        grad_norm = nn.utils.get_total_norm([weight.grad for weight in net.parameters()])
         common.check_finite(loss + grad_norm, step, run.folder)
 
         # Report, once in a while: save, then write to the log.

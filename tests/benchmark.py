@@ -134,7 +134,6 @@ def run_stage(stage, module, **flags):
     )
     timer.wrap(torch.Tensor, "backward", "learning")
     timer.wrap(common.Muon, "step", "learning")
-    timer.wrap(torch.nn.utils, "clip_grad_norm_", "learning")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         module.main(module.Args(steps=STEPS[stage], out=f"{folder}/run", **flags))
     total = time.perf_counter() - timer.first

@@ -307,7 +307,7 @@ def test_exploration_and_learning_rate_over_a_run(copy, scripted, monkeypatch, n
 
     acted = spy(monkeypatch, module, "act")
     flags = {"steps": 10 * 8, "epsilon": 0.2, "decay": 0.4, "lr": 1e-3, "minibatch": 8}
-    flags |= {"updates": 1} if mimic else {"epochs": 1, "explore": 0.5, "max_grad_norm": 0.01}
+    flags |= {"updates": 1} if mimic else {"epochs": 1, "explore": 0.5}
     with each_update(seen):
         scripted(module, **flags)
     epsilons = [args[2] for args, _ in acted][::4]
@@ -316,9 +316,8 @@ def test_exploration_and_learning_rate_over_a_run(copy, scripted, monkeypatch, n
     rates = [rate for i, rate in enumerate(rates) if i % (len(rates) // 10) == 0]
     assert rates == pytest.approx([1e-3] * 7 + [0.75e-3, 0.5e-3, 0.25e-3])
     if not mimic:
-        assert max(norms) == pytest.approx(0.01, rel=1e-3)
         logged = [float(row["grad_norm"]) for row in rows(copy / "runs/new/log.csv")]
-        assert max(logged) > 0.02  # before it is clipped
+        assert logged[-1] == pytest.approx(norms[-1], rel=1e-3)
 
 
 @pytest.mark.parametrize("actor", ["student", "expert", "both"])
