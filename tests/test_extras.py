@@ -4,12 +4,15 @@ import copy as copying
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from common import load_checkpoint
 from extras.multitask_q import MultiNet
-from helpers import ROOT, TINY, call, rows, run, same
+from extras.replay_dqn import Replay
+from helpers import MIMIC, ROOT, TINY, call, rows, run, same
+from train_expert import make_envs, new_episode
 
 MULTITASK = (
     f"-m extras.multitask_q {TINY} --steps 64 --report-every 32 --minibatch 16 --channels 4 8 "
@@ -75,3 +78,50 @@ def test_mcdqn_writes_an_expert_for_each_game(with_extras, short_episodes):
     run(with_extras, "evaluate.py --runs runs/mcdqn/expert-*.pt --episodes 1 --device cpu")
     table = rows(with_extras / "results/table.csv")
     assert [row["game"] for row in table] == ["boxing", "pong"]
+
+
+DQN = (
+    "-m extras.replay_dqn --device cpu --precision float32 --steps 128 --report-every 64 "
+    "--warmup 32 --replay 64 --channels 4 8 --hidden 16"
+)
+
+
+def test_the_replay_rebuilds_transitions():
+    envs, replay, shown, starts = make_envs("breakout", 1), Replay(50), [], []
+    obs, info = envs.reset(seed=1)
+    frame, age, step = info["episode_frame_number"], 0, 0
+    while len(starts) < 3 or step < starts[-1] + 20:  # the last episode begins in the buffer
+        shown.append(torch.from_numpy(obs[0]))
+        obs, _, _, _, info = envs.step(np.array([step % 2]))
+        replay.add(shown[-1][-1], age, step % 2, float(step), step % 3 == 0)
+        began = new_episode(info["episode_frame_number"], frame)[0]
+        frame, age, step = info["episode_frame_number"], 0 if began else min(age + 1, 3), step + 1
+        starts += [step] if began else []
+    drawn = replay.draw(500, torch.Generator().manual_seed(0))
+    steps = [int(step) for step in drawn[2]]
+    assert set(steps) == set(range(step - 47, step - 1))  # neither the oldest three nor the last
+    for obs, action, stop, following, step in zip(drawn[0], drawn[1], drawn[3], drawn[4], steps):
+        assert torch.equal(obs, shown[step]) and torch.equal(following, shown[step + 1])
+        assert action == step % 2 and stop == (step % 3 == 0)
+
+
+def test_a_mimic_learns_from_a_dqn(with_extras):
+    assert "runs/dqn-pong/expert.pt" in call_well(with_extras, DQN)
+    expert = load_checkpoint(with_extras / "runs/dqn-pong/expert.pt", ("expert",))
+    assert expert["net_args"]["norm"] == "none" and expert["step"] == 128
+    command = MIMIC.replace("expert-pong", "dqn-pong") + " --out runs/of-dqn"
+    assert "2 games: pong, boxing" in run(with_extras, command)
+    assert "resumes at step 128 of 160" in call_well(with_extras, DQN.replace("128", "160"))
+
+
+def test_two_linear_students_come_closer(with_extras):
+    command = "-m extras.linear_student --expert runs/expert-pong/expert.pt --steps 4_096"
+    said = call_well(with_extras, f"{command} --minibatch 16 --num-envs 4 --weight-decay 0.01")
+    assert "wrote runs/linear-student/log.csv" in said
+    log = rows(with_extras / "runs/linear-student/log.csv")
+    first, last = ({name: float(value) for name, value in row.items()} for row in (log[0], log[-1]))
+    assert last["distance"] < 0.02 * first["distance"]
+    assert 0 < last["distance"] < 0.5 * last["norm"]
+    for row in log:
+        assert float(row["loss_1"]) >= float(row["floor_1"]) > 0
+    assert (with_extras / "runs/linear-student/linear.png").read_bytes().startswith(b"\x89PNG")
