@@ -91,16 +91,21 @@ def test_links_lead_somewhere(path):
 def written_commands(text):
     """The command lines of the scripts in a text; an xargs line is one for each of its runs."""
     scripts = rf"(?:{'|'.join(SCRIPTS)})\.py"
+    extras = r"-m extras\.\w+"
     xargs = rf"echo (.*?) \| .*xargs .*-n (\d+) python ({scripts})$"
     for words, count, script in re.findall(xargs, text, re.M):
         words, count = words.split(), int(count)
         assert len(words) % count == 0, words
         yield from ([script, *words[i : i + count]] for i in range(0, len(words), count))
-    for command in re.findall(rf'python ({scripts}[^#\n&`;"|]*)', text):
+    for command in re.findall(rf'python ((?:{scripts}|{extras})[^#\n&`;"|]*)', text):
+        command = command.removeprefix("-m ")
         yield shlex.split(re.sub(r"\$\w+", "1", command).rstrip(" .,)"))  # $: a shell's variable
 
 
-@pytest.mark.parametrize("path", [*GUIDES, *(f"{name}.py" for name in SCRIPTS)])
+EXTRAS = [f"extras/{path.name}" for path in sorted((ROOT / "extras").glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", [*GUIDES, *(f"{name}.py" for name in SCRIPTS), *EXTRAS])
 def test_every_command_that_is_written_down_parses(path):
     commands = list(written_commands(read(path)))
     assert commands or path == "docs/differences.md"
