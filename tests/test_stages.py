@@ -113,7 +113,7 @@ def test_a_mimic_with_fewer_norms_resumes_and_starts_a_transfer(copy, norm, shif
     run(copy, "evaluate.py --runs runs/plain --episodes 0 --gif --film 3 --name plain")
     mimic, transfer = (
         load_checkpoint(copy / "runs" / name, (stage,))
-        for name, stage in (("plain", "mimic"), ("transfer-breakout-mimic-s1", "transfer"))
+        for name, stage in (("plain", "mimic"), ("transfer-breakout-plain-s1", "transfer"))
     )
     assert mimic["net_args"] == transfer["net_args"] and mimic["net_args"]["norm"] == norm
     assert mimic["net"].keys() == transfer["net"].keys()
