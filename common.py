@@ -404,9 +404,10 @@ class Muon(torch.optim.RAdam):
             gradient, state = weight.grad.flatten(1), self.state[weight]
             if not state:  # RAdam asks for a step when it loads a state
                 state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(gradient)}
-            momentum = state["momentum"].lerp_(gradient, 0.05)
-            update = orthogonal(gradient.lerp(momentum, 0.95), self.dtype)  # Nesterov
+            momentum = state["momentum"].lerp_(gradient, 0.05)  # keeps 0.95 of what it was
+            update = orthogonal(gradient.lerp(momentum, 0.95), self.dtype)  # Nesterov's
             rows, columns = update.shape
+            # As published: a matrix with more outputs than inputs moves further.
             lr = 40 * matrices["lr"] * math.sqrt(max(1, rows / columns))
             weight.add_(update.reshape(weight.shape), alpha=-lr)
 

@@ -10,8 +10,9 @@ at 108,000 frames. Every episode that begins is counted, however long it takes.
     python evaluate.py --runs runs/mimic --episodes 0 --gif  # only a film of all its games
 
 Output: a line for each network and game, and a summary; everything as results/table.csv, bars in
-table.png, learning curves in table-curves.png, films in table.gif. --out and --name choose another
-folder and another name. Ctrl-C keeps what has been measured.
+table.png, learning curves in table-curves.png, those of transfer.py compared in table-arms.png,
+films in table.gif. --out and --name choose another folder and another name. Ctrl-C keeps what has
+been measured.
 Networks and logs whose names differ only in -s<seed> are seeds of one thing, and get an interval
 over seeds (curves: of three or more).
 """
@@ -619,13 +620,18 @@ def arm_name(arm):
 
 
 def arms_of(groups):
-    """Return the runs of transfer.py as {arm: {game: (steps, (seeds, steps) scores)}}."""
+    """Return the runs of transfer.py as {arm: {game: (steps (T,), scores (seeds, T))}}.
+
+    The steps are those at which all seeds have a score: one may be shorter, or still run.
+    """
     arms = {}
     for game, curves in groups.items():
         for label, seeds in curves.items():
-            if label.startswith(f"transfer-{game}-"):
+            steps, scores = align(seeds)
+            known = ~np.isnan(scores).any(0)
+            if label.startswith(f"transfer-{game}-") and known.any():
                 arm = arms.setdefault(label.removeprefix(f"transfer-{game}-"), {})
-                arm[game] = align(seeds)
+                arm[game] = steps[known], scores[:, known]
     return arms
 
 
@@ -647,16 +653,16 @@ def steps_to_control(steps, scores, control_steps, control_scores):
         return math.inf
     first = reached[0]
     step = steps[first]
-    if first and not np.isnan(mean[first - 1]):
+    if first:
         step = np.interp(goal, mean[first - 1 : first + 1], steps[first - 1 : first + 1])
     return step / control_steps[-1]
 
 
-def compare_arms(groups, resamples=2_000):
+def compare_arms(groups):
     """Compare the arms of transfer.py with its control: {arm: {game: (ratio, low, high)}}.
 
     groups: as of group_curves. The ratio is that of steps_to_control. MEDIAN has the median of
-    several games. The intervals resample the seeds of both.
+    several games. The intervals resample the seeds of both; single seeds have none, but nan.
     """
     arms, rng = arms_of(groups), np.random.default_rng(0)
     control, compared = arms.pop("control", {}), {}
@@ -665,12 +671,15 @@ def compare_arms(groups, resamples=2_000):
         return scores[rng.integers(len(scores), size=len(scores))]
 
     for arm, curves in arms.items():
-        games = [game for game in curves if game in control]
-        draws = []
+        games, draws, single = [game for game in curves if game in control], [], set()
+        for game in [game for game in games if curves[game][0][-1] < control[game][0][-1]]:
+            print(f"note: {game}, {arm}: shorter than the control, not compared", file=sys.stderr)
+            games.remove(game)
         for game in games:
             (x, own), (y, base) = curves[game], control[game]
             draws.append([steps_to_control(x, own, y, base)])
-            for _ in range(resamples):
+            single |= {game} if len(own) == len(base) == 1 else set()
+            for _ in range(2_000):
                 again = resample_seeds(own), resample_seeds(base)
                 draws[-1].append(steps_to_control(x, again[0], y, again[1]))
         if len(games) > 1:
@@ -678,6 +687,8 @@ def compare_arms(groups, resamples=2_000):
         for game, (ratio, *drawn) in zip(games, draws):
             # No value between two draws, since some are infinite.
             low, high = np.percentile(drawn, [2.5, 97.5], method="inverted_cdf")
+            if game in single or single >= set(games) - {MEDIAN}:
+                low = high = math.nan
             compared.setdefault(arm, {})[game] = ratio, low, high
     return compared
 
@@ -687,7 +698,8 @@ def print_arms(compared):
     for arm, by_game in compared.items():
         for game, interval in by_game.items():
             ratio, low, high = ("never" if math.isinf(x) else f"{x:.2f}" for x in interval)
-            print(f"{game}, {arm}: steps to the control's last score {ratio} ({low} to {high})")
+            between = "" if low == "nan" else f" ({low} to {high})"
+            print(f"{game}, {arm}: steps to the control's last score {ratio}{between}")
 
 
 def draw_arms(compared, path):
@@ -701,7 +713,8 @@ def draw_arms(compared, path):
         panel.plot(ratio, places, "o", color=COLOURS[n % len(COLOURS)], label=arm_name(arm))
     panel.axvline(1, color="C7")
     panel.set_xticks([0, 0.25, 0.5, 0.75, 1, 1.2], ["0", "25%", "50%", "75%", "control", "never"])
-    panel.set_yticks(range(len(games)), [game.replace("_", " ").title() for game in games])
+    names = [game if game == MEDIAN else game.replace("_", " ").title() for game in games]
+    panel.set_yticks(range(len(games)), names)
     panel.set_xlabel("steps to the control's last score")
     panel.invert_yaxis()
     panel.legend(fontsize=8)

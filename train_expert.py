@@ -5,7 +5,7 @@ Gallici et al., 2025, arXiv 2407.04811): many emulators side by side replace the
 Q(lambda) returns look several steps ahead. A moving average of the weights acts and gives targets.
 
     python train_expert.py --game pong --steps 50_000 --out runs/try-expert  # a minute
-    python train_expert.py --game breakout  # two hours, one core of two busy
+    python train_expert.py --game breakout  # one core: about two hours
     python train_expert.py --game breakout --steps 25_000_000 --out runs/paper-expert  # as paper
 
 Output: the folder --out with checkpoint.pt (the same command resumes from it), log.csv, and

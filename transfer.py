@@ -4,8 +4,8 @@ Section 3.4 of the paper. This is train_expert.py with other first weights: a mi
 with a new output layer and LayerNorm before it. The control has random ones of the same widths.
 
     python transfer.py --steps 50_000 --out runs/try-transfer  # a minute or two
-    python transfer.py  # two cores: 5 to 15 minutes, 24 points in training
-    python transfer.py --arm control  # what it is measured against: 13 points
+    python transfer.py
+    python transfer.py --arm control  # what it is measured against
 
 Output: the folder --out with checkpoint.pt (the same command resumes from it), log.csv, and
 expert.pt, the weights alone in half precision, an expert like those of stage 1.

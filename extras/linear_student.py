@@ -7,8 +7,8 @@ both end with the same weights.
     python -m extras.linear_student --steps 4_000 --out runs/try-linear  # a minute
     python -m extras.linear_student
 
-Output: log.csv and linear.png in the folder --out: the loss above its floor, the entropy of the
-expert's policy, and the distance between the two students' weights.
+Output, at the end or after Ctrl-C: log.csv and linear.png in the folder --out, with the loss above
+its floor, the entropy of the expert's policy, and the distance between the two students' weights.
 """
 
 import csv
@@ -18,6 +18,7 @@ from pathlib import Path
 import common  # before torch: it sets what torch reads when it loads
 
 import torch
+from matplotlib import ticker
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -43,7 +44,10 @@ class Args:
         common.require_positive(self, "steps", "num_envs", "temperature", "minibatch", "lr")
         common.require_shares(self, "epsilon", "weight_decay")
         common.require_range(self, 0, 2**31 - 1, "seed")
-        common.require(self.minibatch % self.num_envs == 0, "--minibatch: a multiple of --num-envs")
+        common.require(self.steps >= self.minibatch, "--steps is less than a minibatch")
+        common.require(
+            self.minibatch % self.num_envs == 0, "--minibatch must be a multiple of --num-envs"
+        )
 
 
 class LinearStudent(nn.Module):
@@ -103,18 +107,27 @@ def main(args):
     learners = [Learner(args, expert, game, seed) for seed in (args.seed, args.seed + 1)]
     folder.mkdir(parents=True, exist_ok=True)
     rows, rounds = [], args.steps // args.minibatch
-    for n in range(1, rounds + 1):
-        (loss, floor), (other_loss, other_floor) = [learner.learn() for learner in learners]
-        ours, theirs = (learner.student.layer.weight for learner in learners)
-        distance, size = (ours - theirs).norm().item(), ours.norm().item()
-        row = {"step": n * args.minibatch, "loss_1": loss, "floor_1": floor}
-        row |= {"loss_2": other_loss, "floor_2": other_floor, "distance": distance, "norm": size}
-        rows.append(row)
-        if n & (n - 1) == 0 or n % max(1, rounds // 20) == 0:
-            above = f"{loss - floor:.3f}, {other_loss - other_floor:.3f}"
-            common.show(
-                f"{row['step']:>9,}  above the floor {above}  distance {distance:.2f} of {size:.2f}"
-            )
+    with common.Stop() as stop:
+        for n in range(1, rounds + 1):
+            (loss, floor), (other_loss, other_floor) = [learner.learn() for learner in learners]
+            ours, theirs = (learner.student.layer.weight for learner in learners)
+            distance, size = (ours - theirs).norm().item(), ours.norm().item()
+            row = {"step": n * args.minibatch, "loss_1": loss, "floor_1": floor}
+            row |= {
+                "loss_2": other_loss,
+                "floor_2": other_floor,
+                "distance": distance,
+                "norm": size,
+            }
+            rows.append(row)
+            if n & (n - 1) == 0 or n % max(1, rounds // 20) == 0:
+                above = f"{loss - floor:.3f}, {other_loss - other_floor:.3f}"
+                common.show(
+                    f"{row['step']:>9,}  above the floor {above}  "
+                    f"distance {distance:.2f} of {size:.2f}"
+                )
+            if stop.asked:
+                break
     with common.whole_file(folder / "log.csv") as path, open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -131,12 +144,14 @@ def draw(rows, game, path):
     for n in (1, 2):
         above = [row[f"loss_{n}"] - row[f"floor_{n}"] for row in rows]
         left.plot(steps, above, linewidth=0.8, label=f"student {n}")
-    left.set(title=f"Loss above its floor, {game}", xlabel="steps", xscale="log", ylim=(0, None))
+    left.set(title=f"Loss above its floor, {game}", xlabel="steps", ylim=(0, None))
     left.legend()
     right.plot(steps, [row["norm"] for row in rows], color="C7", label="length of one's weights")
     right.plot(steps, [row["distance"] for row in rows], color="C2", label="distance of the two")
-    right.set(title="Weights", xlabel="steps", xscale="log", ylim=(0, None))
+    right.set(title="Weights", xlabel="steps", ylim=(0, None))
     right.legend()
+    for panel in (left, right):
+        panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))  # 100k
     with common.whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120)
 

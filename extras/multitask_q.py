@@ -266,17 +266,12 @@ def train(args, run):
                 optimizer=optimizer.state_dict(),
                 rng=rng.get_state(),
             )
-            percents = {
-                game: 100 * mean / expert["score"]
-                for game, mean, expert in zip(games, means, experts)
-                if expert["score"] > 0 and not math.isnan(mean)
-            }
-            text = f"TD {loss:.4f}"
-            if percents:
-                worst, median = min(percents, key=percents.get), np.median(list(percents.values()))
-                text += f"  {len(percents)} of {G} games: median {median:.0f}%, "
-                text += f"worst {worst} {percents[worst]:.0f}%"
-            run.report(step, row, text)
+            # A hint only, once every game has a score: a score in training against another.
+            goals = [expert["score"] for expert in experts]
+            percents = [100 * m / goal if goal > 0 else math.nan for m, goal in zip(means, goals)]
+            run.report(
+                step, row, f"TD {loss:.4f}  median {np.median(percents):.0f}% of the experts"
+            )
 
     measured = f"{run.folder}/expert-*.pt" if args.own_heads else run.folder / "mimic.pt"
     print(f"done; python evaluate.py --runs {measured} measures it")

@@ -51,7 +51,7 @@ class Args:
     warmup: int = 50_000  # random steps before the first update
     update_every: int = 4  # steps between two updates
     minibatch: int = 32  # observations per update
-    copy_every: int = 40_000  # steps between two copies that give targets: 10,000 updates
+    copy_every: int = 10_000  # steps between two copies, which give the targets
     lr: float = 2.5e-4  # of RMSProp
     gamma: float = 0.99  # discount
     # Machine
@@ -124,7 +124,7 @@ def train(args, run):
     step, scores = 0, deque(maxlen=100)  # scores of the last finished episodes
     if run.saved:
         common.load_state(run.saved, net, optimizer, rng, run.folder)
-        common.load_weights(target, run.saved, run.folder, "online")
+        common.load_weights(target, run.saved, run.folder, "target")
         step, scores = run.saved["step"], deque(run.saved["scores"], maxlen=100)
         if step >= args.steps:
             print(f"{run.folder} has finished; with more --steps it would resume")
@@ -135,7 +135,7 @@ def train(args, run):
     obs, info = envs.reset(seed=int(torch.randint(2**31 - 1, (1,), generator=rng)))
     frame, age, score = info["episode_frame_number"], 0, 0.0
     loss, max_q, grad_norm = torch.zeros(()), torch.zeros(1), torch.zeros(())
-    first_step = step
+    resumed = step > 0
 
     def q_values_of(network, obs):  # (B, 4, 84, 84) -> (B, 18), on the CPU
         with torch.no_grad(), autocast:
@@ -145,11 +145,12 @@ def train(args, run):
         # Act: one step.
         warm = replay.added >= args.warmup
         epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * step / args.explore)
+        if not warm and not resumed:  # a run that resumes fills its replay with its own play
+            epsilon = 1.0
         obs = torch.from_numpy(obs)
-        q_values = q_values_of(net, obs) if warm or first_step else torch.zeros(1, 18)
+        q_values = q_values_of(net, obs)
         max_q = greedy_value(q_values, legal)
-        # A run that resumes fills its replay with its own play.
-        action = act(q_values, legal, epsilon if warm or first_step else 1.0, rng)
+        action = act(q_values, legal, epsilon, rng)
         next_obs, reward, terminated, truncated, info = envs.step(action.numpy())
         cut_value = torch.zeros(1)
         if truncated.any():
@@ -205,7 +206,7 @@ def train(args, run):
                     "checkpoint.pt",
                     **contents,
                     net=net.state_dict(),
-                    online=target.state_dict(),
+                    target=target.state_dict(),
                     optimizer=optimizer.state_dict(),
                     rng=rng.get_state(),
                 )

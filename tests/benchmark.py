@@ -67,7 +67,17 @@ def bare_emulator(games, num_envs):
     return rate(step, len(games) * num_envs)
 
 
-def bare_network(args, batch, learning, autocast, regressors=()):
+def muon(net, maps, autocast):
+    """The optimizer of stages 1 and 3."""
+    return common.Muon(net, maps, lr=1e-5, autocast=autocast)
+
+
+def adam(net, maps, autocast):
+    """The optimizer of stage 2."""
+    return torch.optim.Adam([*net.parameters(), *maps.parameters()], lr=1e-5, fused=True)
+
+
+def bare_network(args, batch, learning, autocast, optimizer=muon, regressors=()):
     """Observations per second, acting on a batch or learning from it.
 
     regressors: the widths of the experts' features, one linear map for each, which learn as well.
@@ -76,7 +86,7 @@ def bare_network(args, batch, learning, autocast, regressors=()):
     maps = torch.nn.ModuleList(torch.nn.Linear(args.hidden[-1], width) for width in regressors)
     obs = torch.randint(256, (batch, 4, 84, 84), dtype=torch.uint8)
     obs = obs.to(memory_format=torch.channels_last)
-    optimizer = common.Muon(net, maps, lr=1e-5, autocast=autocast)
+    optimizer = optimizer(net, maps, autocast)
 
     def forward():
         with torch.inference_mode(), autocast:
@@ -123,7 +133,7 @@ class Timer:
 
 def run_stage(stage, module, **flags):
     """Run a stage with its default recipe and print where its time goes; returns its steps/s."""
-    timer = Timer()
+    timer, optimizer = Timer(), torch.optim.Adam if stage == "mimic" else common.Muon
     for name in ("step", "send", "recv"):
         timer.wrap(module.AtariVectorEnv, name, "emulator")
     timer.wrap(module, "act", "acting")
@@ -133,7 +143,7 @@ def run_stage(stage, module, **flags):
         lambda: "learning" if torch.is_grad_enabled() else "acting",
     )
     timer.wrap(torch.Tensor, "backward", "learning")
-    timer.wrap(common.Muon, "step", "learning")
+    timer.wrap(optimizer, "step", "learning")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         module.main(module.Args(steps=STEPS[stage], out=f"{folder}/run", **flags))
     total = time.perf_counter() - timer.first
@@ -244,7 +254,7 @@ def main(stage, count=None):
         acting = bare_network(args, G * N, False, autocast)
         labelling = bare_network(expert, args.rollout * N, False, autocast)
         widths = G * [expert.hidden[-1]]
-        learning = bare_network(args, G * args.minibatch, True, autocast, widths)
+        learning = bare_network(args, G * args.minibatch, True, autocast, adam, widths)
         reuse = args.updates * args.minibatch / (args.rollout * N)
         limit = 1 / (1 / emulator + 1 / acting + 1 / labelling + reuse / learning)
         bare = f"acting {acting:,.0f}, experts {labelling:,.0f}, learning {learning:,.0f}"
@@ -265,16 +275,7 @@ def main(stage, count=None):
         paths = tuple(map(str, experts))
         speed = run_stage(stage, train_mimic, experts=paths, actor="student") * len(experts)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            net_args = {name: getattr(widths, name) for name in ("channels", "hidden", "norm")}
-            net = AtariNet(**net_args)
-            path = Path(folder) / "mimic.pt"
-            contents = {"stage": "mimic", "games": [], "net_args": net_args}
-            contents |= dict.fromkeys(
-                common.NEEDED_OF_MIMIC | {"step", "minutes", "score", "scores"}
-            )
-            common.save_checkpoint(path, train_mimic.Args(), net=net.state_dict(), **contents)
-            speed = run_stage(stage, transfer, mimic=str(path))
+        speed = run_stage(stage, transfer, mimic=str(ROOT / transfer.Args.mimic))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"  {speed:,.0f} steps/s, {speed / limit:.2f} of the limit {limit:,.0f}; {peak:.2f} GB")
 

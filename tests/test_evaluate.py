@@ -136,6 +136,18 @@ def test_steps_to_the_controls_last_score(copy, tmp_path):
     assert policy["pong"][1:] == pytest.approx((low, high))
     assert feature["pong"] == pytest.approx((math.inf, 0.5 + 0.5 * 7 / 7.9, math.inf))
     assert MEDIAN not in feature  # of one game
+    # What still runs, or is a single seed, is not passed off as a result.
+    running = tmp_path / "running"
+    running.mkdir()
+    lone = {("pong", "control"): [(1, 2, 3)], ("pong", "lone"): [(2, 3, 4)]}
+    write_arms(running, lone | {("pong", "late"): [(0, 1)], ("krull", "control"): [(1, 2, 3)]})
+    write_arms(running, {("krull", "mixed"): [(1, 2, 3), (3, 4)]})
+    compared = compare_arms(group_curves(sorted(running.glob("*.csv"))))
+    assert compared.keys() == {"lone"} and compared["lone"]["pong"][0] == 200 / 400
+    assert all(map(math.isnan, compared["lone"]["pong"][1:]))
+    write_arms(running, {("krull", "control"): [(1, 2, 3), (1, 2)]})  # they share 200 steps
+    compared = compare_arms(group_curves(sorted(running.glob("*.csv"))))
+    assert compared["mixed"]["krull"][0] == 100 / 200
     said = run(copy, f"evaluate.py --curves {tmp_path}/*.csv --device cpu")
     assert "pong, amn-feature: steps to the control's last score never (0.94 to never)" in said
     assert f"{MEDIAN}, amn-policy: steps to the control's last score 0.50" in said
