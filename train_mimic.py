@@ -348,28 +348,33 @@ def train(args, run):
     obs = torch.stack([torch.from_numpy(first) for first, _ in resets])  # (G, N, 4, 84, 84)
     frame = np.stack([info["episode_frame_number"] for _, info in resets])  # (G, N)
     age, returns = torch.zeros((G, N), dtype=torch.int64), np.zeros((G, N))
-    began = np.ones((G, N), dtype=bool)  # an episode begins in every environment
-    student_plays = np.zeros((G, N), dtype=bool)  # decided where one begins
+    K = 0  # environments of each game that the student plays
 
     while step < args.steps:
-        # Act, T steps in all environments of all games, and ask the experts about what is met.
-        # share: of the environments that the student plays. Paper: 1; here it grows from 0 to 1,
-        # much as in DAgger (Ross et al., 2011).
+        # Who plays. The student has the first environments of each game, by and by more of them.
+        # Paper: it has all; here its share grows from 0 to 1, as in DAgger (Ross et al., 2011).
         share = {"student": 1, "both": step / args.steps, "expert": 0}[args.actor]
+        had, K = K, math.ceil(N * share)
+        if K > had:  # A new episode begins where it takes over: so every score is of one player.
+            taken = (np.arange(N) >= had) & (np.arange(N) < K)
+            for g, env in enumerate(envs):
+                new_obs, info = env.reset(options={"reset_mask": taken})
+                obs[g], frame[g] = torch.from_numpy(new_obs), info["episode_frame_number"]
+            age[:, taken], returns[:, taken] = 0, 0
+
+        # Act, T steps in all environments of all games, and ask the experts about what is met.
         # One autocast for all steps: it rounds the weights to bfloat16 only once.
         with torch.no_grad(), autocast:
             for t in range(T):
-                # Whoever begins an episode plays it to its end: so every score is of one player.
-                student_plays = np.where(began, np.arange(N) < N * share, student_plays)
                 device_obs = obs.to(device)
-                # Q-values of the experts, then logits where the student plays: (G, N, 18).
+                # Q-values of the experts, and logits instead where the student plays: (G, N, 18).
                 values = torch.zeros(G, N, 18, device=device)
                 for g, net in enumerate(expert_nets):
                     values[g], expert_features = net(device_obs[g])  # (N, 18), (N, F of the expert)
                     replays[g].add(obs[g], age[g], values[g].cpu(), expert_features.cpu())
-                if student_plays.any():
-                    logits, _ = student(device_obs[student_plays])  # (K, 18), of K environments
-                    values[student_plays] = logits
+                if K:
+                    logits, _ = student(device_obs[:, :K].flatten(0, 1))  # (G*K, 18)
+                    values[:, :K] = logits.view(G, K, 18)
                 actions = act(values.flatten(0, 1).cpu(), legal_of_all, args.epsilon, rng)  # (G*N,)
                 for env, action in zip(envs, actions.view(G, N).numpy()):
                     env.send(action)
@@ -382,7 +387,7 @@ def train(args, run):
                 age = torch.where(torch.from_numpy(began), 0, (age + 1).clamp(max=3))
                 returns += np.stack(reward)
                 for g in range(G):
-                    scores[g].extend(returns[g, began[g] & student_plays[g]].tolist())
+                    scores[g].extend(returns[g, :K][began[g, :K]].tolist())
                 returns[began] = 0
 
         # Learn to agree with the experts, from equally many observations of each game.
