@@ -44,8 +44,8 @@ class Args:
     seed: int = 1  # of the weights, exploration, shuffling and emulators
     out: str = ""  # folder of the run (empty: runs/expert-<game>)
     # Network
-    channels: tuple = (16, 32, 32)  # kernels 8, 4, 3, 3, strides 4, 2, 1, 1 (paper: 32 64 64)
-    hidden: tuple = (256,)  # fully connected layers (paper: 512)
+    channels: tuple = (32, 64, 64)  # kernels 8, 4, 3, 3, strides 4, 2, 1, 1 (as paper)
+    hidden: tuple = (512,)  # fully connected layers (as paper)
     norm: str = "linear"  # LayerNorm: after all layers but the last, linear ones, or none (paper)
     # Acting
     num_envs: int = 32  # emulators side by side (paper: 1)
@@ -54,8 +54,8 @@ class Args:
     explore: float = 0.1  # share of the run over which epsilon falls (paper: 1M steps)
     sticky: float = 0.0  # chance, in each frame, that the last action repeats (as paper)
     # Learning
-    epochs: int = 2  # passes over each rollout
-    minibatch: int = 128  # observations per gradient step (paper: 32)
+    epochs: int = 1  # passes over each rollout
+    minibatch: int = 256  # observations per gradient step (paper: 32)
     lr: float = 5e-4  # of RAdam; Muon's, for the hidden weight matrices, is 40 times as large
     decay: float = 0.3  # share of the run, at its end, over which lr falls to zero
     gamma: float = 0.99  # discount (as paper)

@@ -52,8 +52,8 @@ class Args:
     explore: float = 0.1  # share of the run over which epsilon falls (paper: 1M steps)
     sticky: float = 0.0  # chance, in each frame, that the last action repeats (as paper)
     # Learning
-    epochs: int = 2  # passes over each rollout
-    minibatch: int = 128  # observations per gradient step (paper: 32)
+    epochs: int = 1  # passes over each rollout
+    minibatch: int = 256  # observations per gradient step (paper: 32)
     lr: float = 5e-4  # of RAdam; Muon's, for the hidden weight matrices, is 40 times as large
     decay: float = 0.3  # share of the run, at its end, over which lr falls to zero
     gamma: float = 0.99  # discount (as paper)

@@ -57,7 +57,7 @@ class Args:
     explore: float = 0.1  # share of the run over which epsilon falls
     sticky: float = 0.0  # chance, in each frame, that the last action repeats
     # Learning
-    epochs: int = 2  # passes over each rollout
+    epochs: int = 1  # passes over each rollout
     minibatch: int = 32  # observations of each game per gradient step
     lr: float = 5e-4  # of RAdam; Muon's, for the hidden weight matrices, is 40 times as large
     decay: float = 0.3  # share of the run, at its end, over which lr falls to zero
