@@ -61,17 +61,17 @@ def test_each_expert_judges_what_its_own_game_shows(copy, monkeypatch, actor):
             assert acted[2 * t + g].tolist() == greedy.tolist()
 
 
-def test_an_environment_goes_over_to_the_student_between_two_episodes(copy, monkeypatch):
+def test_an_environment_goes_over_to_the_student_with_a_new_episode(copy, monkeypatch):
     module = importlib.import_module("train_mimic")
     short = functools.partial(module.make_envs, max_frames=400)  # episodes of 93 to 100 steps
     monkeypatch.setattr(module, "make_envs", short)
     experts = (str(copy / "runs/expert-pong/expert.pt"),)
     flags = {"num_envs": 4, "rollout": 8, "updates": 1, "actor": "both", "steps": 4 * 320}
     module.main(module.Args(experts=experts, out=str(copy / "runs/new"), **flags))
-    # Of the three episodes of every environment the experts have the first, the student the second
-    # in two environments and the third in three.
+    # The student has the environments from steps 8, 88, 168 and 248 of 320 on: time for 3, 2, 1 and
+    # no whole episodes.
     (scores,) = load_checkpoint(copy / "runs/new", ("mimic",))["scores"]
-    assert len(scores) == 5
+    assert len(scores) == 3 + 2 + 1
 
 
 @pytest.mark.parametrize("name", ["train_expert", "transfer"])
