@@ -671,23 +671,24 @@ def compare_arms(groups):
         return scores[rng.integers(len(scores), size=len(scores))]
 
     for arm, curves in arms.items():
-        games, draws, single = [game for game in curves if game in control], [], set()
+        games, draws = [game for game in curves if game in control], []
         for game in [game for game in games if curves[game][0][-1] < control[game][0][-1]]:
             print(f"note: {game}, {arm}: shorter than the control, not compared", file=sys.stderr)
             games.remove(game)
         for game in games:
             (x, own), (y, base) = curves[game], control[game]
             draws.append([steps_to_control(x, own, y, base)])
-            single |= {game} if len(own) == len(base) == 1 else set()
             for _ in range(2_000):
                 again = resample_seeds(own), resample_seeds(base)
                 draws[-1].append(steps_to_control(x, again[0], y, again[1]))
+        several = {game for game in games if len(curves[game][1]) + len(control[game][1]) > 2}
         if len(games) > 1:
             games, draws = [*games, MEDIAN], [*draws, np.median(draws, 0)]
+            several |= {MEDIAN} if several else set()
         for game, (ratio, *drawn) in zip(games, draws):
             # No value between two draws, since some are infinite.
             low, high = np.percentile(drawn, [2.5, 97.5], method="inverted_cdf")
-            if game in single or single >= set(games) - {MEDIAN}:
+            if game not in several:  # one seed of each arm
                 low = high = math.nan
             compared.setdefault(arm, {})[game] = ratio, low, high
     return compared
