@@ -13,7 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the networks here are small
 from helpers import EXPERT, MIMIC, ROOT, SCRIPTS, run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def studio(tmp_path_factory):
     """A folder with all scripts, two small experts and a mimic of them."""
     folder = tmp_path_factory.mktemp("studio")
