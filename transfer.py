@@ -243,16 +243,21 @@ def td_loss(q_values, actions, targets):
 
 @torch.no_grad()
 def rescale(net, fresh):
-    """Give net's layers that LayerNorm follows the size of fresh's.
+    """Give net's layers the size of fresh's; no output changes.
 
-    LayerNorm cancels the size, so no output changes. But a mimic's weights have grown several
-    times. The optimizer's steps have not, so such weights would change slowly.
+    A mimic's weights have grown several times, the optimizer's steps have not. A layer's size
+    passes through a ReLU to the next one, until a LayerNorm or at last the head cancels it.
     """
-    for layer, after, new in zip(net.body, net.body[1:], fresh.body):
-        if isinstance(after, (nn.GroupNorm, nn.LayerNorm)):
+    scale = 1.0  # of what a layer sees, against before
+    for layer, new in zip(net.body, fresh.body):
+        if isinstance(layer, (nn.GroupNorm, nn.LayerNorm)):
+            scale = 1.0
+        elif isinstance(layer, (nn.Conv2d, nn.Linear)):
             factor = new.weight.norm() / layer.weight.norm()
+            scale *= factor
             layer.weight *= factor
-            layer.bias *= factor
+            layer.bias *= scale
+    net.head.weight /= scale
 
 
 def train(args, run):
@@ -278,8 +283,6 @@ def train(args, run):
         if not args.keep_head:
             # The mimic's logits are no Q-values; under its last norm, body[-2], features may die.
             net.body[-2], net.head = fresh.body[-2], fresh.head
-        if net_args["norm"] != "all":
-            print(f"norm {net_args['norm']}: layers without LayerNorm keep the mimic's size")
     common.check_device(net, torch.randint(256, (4, 4, 84, 84), dtype=torch.uint8))
     # Paper: a copy made every 10,000 steps, which gives targets only. Here the moving average of
     # net's weights, which also plays, and is what is saved.

@@ -108,8 +108,7 @@ def test_a_mimic_with_fewer_norms_resumes_and_starts_a_transfer(copy, norm, shif
     run(copy, plain.replace("--steps 320", "--steps 32"))
     run(copy, plain)
     refused(copy, MIMIC + " --out runs/plain", "--norm")
-    said = run(copy, TRANSFER.replace("runs/mimic", "runs/plain"))
-    assert f"norm {norm}: layers without LayerNorm keep the mimic's size" in said
+    run(copy, TRANSFER.replace("runs/mimic", "runs/plain"))
     run(copy, "evaluate.py --runs runs/plain --episodes 0 --gif --film 3 --name plain")
     mimic, transfer = (
         load_checkpoint(copy / "runs" / name, (stage,))
