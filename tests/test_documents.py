@@ -97,7 +97,8 @@ def written_commands(text):
         words, count = words.split(), int(count)
         assert len(words) % count == 0, words
         yield from ([script, *words[i : i + count]] for i in range(0, len(words), count))
-    for command in re.findall(rf'python ((?:{scripts}|{extras})[^#\n&`;"|]*)', text):
+    starts = r"(?:python|torchrun --nproc-per-node \d)"
+    for command in re.findall(rf'{starts} ((?:{scripts}|{extras})[^#\n&`;"|]*)', text):
         command = command.removeprefix("-m ")
         yield shlex.split(re.sub(r"\$\w+", "1", command).rstrip(" .,)"))  # $: a shell's variable
 

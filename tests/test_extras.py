@@ -1,8 +1,10 @@
 """The extras: they run from the project's root, and what they write serves the three stages."""
 
 import copy as copying
+import os
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from common import load_checkpoint
 from extras.multitask_q import MultiNet
 from extras.replay_dqn import Replay
-from helpers import MIMIC, ROOT, TINY, call, rows, run, same
+from helpers import MIMIC, ROOT, TINY, call, rows, run, same, start
 from train_expert import make_envs, new_episode
 
 MULTITASK = (
@@ -125,3 +127,87 @@ def test_two_linear_students_come_closer(with_extras):
     for row in log:
         assert float(row["loss_1"]) >= float(row["floor_1"]) > 0
     assert (with_extras / "runs/linear-student/linear.png").read_bytes().startswith(b"\x89PNG")
+
+
+TORCHRUN = "-m torch.distributed.run --nproc-per-node 2"
+DDP = f"{MIMIC.removeprefix('train_mimic.py')} --num-envs 4 --replay 800 --out runs/long"
+SCRIPT = """
+import os, sys
+import common, torch
+from extras import train_mimic_ddp as ddp
+save = ddp.SharedRun.save
+
+def save_each(run, name, **contents):  # the weights of every process, not of the first alone
+    torch.save(contents["net"], f"{name}-{ddp.dist.get_rank()}")
+    save(run, name, **contents)
+
+ddp.SharedRun.save = save_each
+open(f"pid-{os.environ['RANK']}", "w").write(str(os.getpid()))
+common.cli(ddp.main, ddp.Args)
+"""
+
+
+def test_two_processes_train_one_mimic_and_resume(with_extras):
+    (with_extras / "each.py").write_text(SCRIPT)
+    said = call_well(with_extras, f"{TORCHRUN} each.py {DDP}")
+    assert said.count("done: ") == 1
+    nets = [torch.load(with_extras / f"checkpoint.pt-{rank}") for rank in (0, 1)]
+    assert same(*nets)
+    mimic = load_checkpoint(with_extras / "runs/long", ("mimic",))
+    assert mimic["step"] == 320 and same(mimic["net"], nets[0])
+    log = rows(with_extras / "runs/long/log.csv")
+    assert [int(row["step"]) for row in log] == [64, 128, 192, 256, 320]
+    said = call_well(with_extras, f"{TORCHRUN} each.py {DDP} --steps 448")
+    assert "resumes at step 320 of 448" in said
+    nets = [torch.load(with_extras / f"checkpoint.pt-{rank}") for rank in (0, 1)]
+    assert same(*nets) and not same(mimic["net"], nets[0])
+
+
+def test_two_processes_average_gradients_spreads_and_scores(with_extras):
+    (with_extras / "gradient.py").write_text("""
+import copy
+import common, torch, torch.distributed as dist
+from extras.train_mimic_ddp import SharedAdam, shared_mean, shared_spread
+from train_mimic import AtariNet, q_spread
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+obs, alone = torch.randint(256, (8, 4, 84, 84)), AtariNet((4, 8), (16,))
+torch.manual_seed(rank)
+net = copy.deepcopy(alone) if rank == 0 else AtariNet((4, 8), (16,))
+both = [
+    (alone, torch.optim.Adam(alone.parameters(), lr=1e-3), obs),
+    (net, SharedAdam(list(net.parameters()), lr=1e-3), obs.chunk(2)[rank]),
+]
+for _ in range(3):
+    for own, optimizer, batch in both:
+        optimizer.zero_grad()
+        own(batch)[0].square().mean().backward()
+        optimizer.step()
+for one, two in zip(alone.parameters(), net.parameters()):
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+torch.manual_seed(0)
+q_values, legal = torch.randn(2, 64, 18), torch.ones(18) > 0
+q_values[1] *= 3
+mean = sum(q_spread(own, legal) for own in q_values) / 2
+torch.testing.assert_close(shared_spread(q_values[rank], legal), mean)
+assert shared_mean([1.0, 2.0] if rank else []) == 1.5
+print("equal")
+""")
+    assert call_well(with_extras, f"{TORCHRUN} gradient.py").count("equal") == 2
+
+
+def test_a_killed_process_ends_the_others_and_damages_no_file(with_extras):
+    (with_extras / "each.py").write_text(SCRIPT)
+    process = start(with_extras, f"{TORCHRUN} each.py {DDP} --steps 100_000", 2)
+    os.kill(int((with_extras / "pid-1").read_text()), signal.SIGKILL)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "each.py: another process has ended; the same command resumes" in said
+    assert load_checkpoint(with_extras / "runs/long", ("mimic",))["step"] > 0
+
+
+def test_a_run_of_several_processes_needs_torchrun(with_extras):
+    done = call(with_extras, f"-m extras.train_mimic_ddp {DDP}")
+    assert done.returncode == 2 and "torchrun" in done.stderr and "Traceback" not in done.stderr
