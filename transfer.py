@@ -243,12 +243,8 @@ def td_loss(q_values, actions, targets):
 
 @torch.no_grad()
 def rescale(net, fresh):
-    """Give net's layers the size of fresh's; no output changes.
-
-    A mimic's weights have grown several times, the optimizer's steps have not. A layer's size
-    passes through a ReLU to the next one, until a LayerNorm or at last the head cancels it.
-    """
-    scale = 1.0  # of what a layer sees, against before
+    """Give net's layers, which grew in the mimic, the size of fresh's; no output changes."""
+    scale = 1.0  # passes through ReLUs until a LayerNorm, or at last the head, cancels it
     for layer, new in zip(net.body, fresh.body):
         if isinstance(layer, (nn.GroupNorm, nn.LayerNorm)):
             scale = 1.0
