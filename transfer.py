@@ -244,6 +244,7 @@ def td_loss(q_values, actions, targets):
 @torch.no_grad()
 def rescale(net, fresh):
     """Give net's layers, which grew in the mimic, the size of fresh's; no output changes."""
+    # The optimizer's steps have not grown with them: such weights would change slowly.
     scale = 1.0  # passes through ReLUs until a LayerNorm, or at last the head, cancels it
     for layer, new in zip(net.body, fresh.body):
         if isinstance(layer, (nn.GroupNorm, nn.LayerNorm)):

@@ -9,7 +9,8 @@ weights ever after, and learn what one process would learn from the whole miniba
     torchrun --nproc-per-node 4 -m extras.train_mimic_ddp  # on GPUs: one for each process
 
 The flags are those of train_mimic.py, and count for all processes together. Output: the folder
---out as of train_mimic.py, written by the first process. The same command resumes.
+--out as of train_mimic.py, written by the first process. The same command resumes. The lines
+before the first report count what one process holds.
 """
 
 import contextlib
@@ -68,6 +69,9 @@ class SharedAdam(torch.optim.Adam):
         super().step()
 
 
+Q_SPREAD, MEAN = train_mimic.q_spread, common.mean  # as they are for one process
+
+
 def shared_spread(expert_q, legal):
     """q_spread, mean over the processes: all divide an expert's Q-values by one temperature."""
     spread = Q_SPREAD(expert_q, legal)
@@ -81,9 +85,6 @@ def shared_mean(values):
     with talking():
         dist.all_gather_object(parts, list(values))
     return MEAN([value for part in parts for value in part])
-
-
-Q_SPREAD, MEAN = train_mimic.q_spread, common.mean
 
 
 class SharedRun(common.Run):

@@ -132,7 +132,7 @@ def test_two_linear_students_come_closer(with_extras):
 TORCHRUN = "-m torch.distributed.run --nproc-per-node 2"
 DDP = f"{MIMIC.removeprefix('train_mimic.py')} --num-envs 4 --replay 800 --out runs/long"
 SCRIPT = """
-import os, sys
+import os
 import common, torch
 from extras import train_mimic_ddp as ddp
 save = ddp.SharedRun.save
