@@ -372,17 +372,17 @@ def orthogonal(matrix, dtype):
 
 
 class Muon(torch.optim.RAdam):
-    """Muon for the weight matrices of a network but its last, and RAdam for all other weights.
+    """Muon for the weight matrices of a network but the head's; RAdam for all other weights.
 
-    Muon (Jordan et al., 2024) makes the momentum of a gradient orthogonal: so all directions learn
-    equally fast, where a plain gradient has few that dominate. A convolution counts as a matrix
-    (out, in * height * width).
+    Muon (Jordan et al., 2024) makes the momentum orthogonal, so that all directions move equally
+    far; in a plain gradient a few dominate. A convolution counts as a matrix (out, in * height *
+    width).
     """
 
     def __init__(self, net, *others, lr, autocast):
         """net: its output layer is called head; others: modules that RAdam updates as well.
 
-        lr: of RAdam. Muon's is 40 times as large: 0.02 for 5e-4, which are usual.
+        lr: RAdam's. Muon's is 40 times as large: 0.02 for 5e-4, both usual.
         autocast: if it is enabled, matrices are multiplied in bfloat16, as in the network.
         """
         matrices, rest = [], []
@@ -397,12 +397,12 @@ class Muon(torch.optim.RAdam):
 
     @torch.no_grad()
     def step(self):
-        matrices = self.param_groups.pop()
-        super().step()  # of the rest
+        matrices = self.param_groups.pop()  # which RAdam must not step
+        super().step()
         self.param_groups.append(matrices)
         for weight in matrices["params"]:
             gradient, state = weight.grad.flatten(1), self.state[weight]
-            if not state:  # RAdam asks for a step when it loads a state
+            if not state:  # step: unused, but RAdam asks for one when it loads a state
                 state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(gradient)}
             momentum = state["momentum"].lerp_(gradient, 0.05)  # keeps 0.95 of what it was
             update = orthogonal(gradient.lerp(momentum, 0.95), self.dtype)  # Nesterov's
@@ -551,13 +551,9 @@ def load_weights(net, checkpoint, path, part="net"):
 def load_state(checkpoint, net, optimizer, rng, path):
     """Put a checkpoint's weights, optimizer and random generator back, in place.
 
-    expert.pt and mimic.pt hold weights alone: optimizer and generator start afresh with them.
     Raises UserError, naming path, if something does not fit.
     """
     load_weights(net, checkpoint, path)
-    if "optimizer" not in checkpoint:
-        print(f"{path} holds weights alone: the optimizer starts afresh")
-        return
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng.set_state(checkpoint["rng"])

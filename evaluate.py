@@ -269,8 +269,8 @@ def choose(player, obs, legal, args, device, rng):
     """Actions of a player: obs (N, 4, 84, 84), legal (N, 18) bool -> (N,) int64 array."""
     if player.net is None:
         return act(torch.zeros(len(obs), 18), legal, 1.0, rng).numpy()
-    scores = player.net(torch.from_numpy(obs).to(device))[0].cpu()
-    return act(scores, legal, args.epsilon, rng).numpy()
+    values = player.net(torch.from_numpy(obs).to(device))[0].cpu()
+    return act(values, legal, args.epsilon, rng).numpy()
 
 
 def play(players, args, device, stop):

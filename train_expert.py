@@ -3,10 +3,11 @@
 The paper's experts are DQNs. This is Q-learning in the form that suits today's machines (PQN:
 Gallici et al., 2025, arXiv 2407.04811): many emulators side by side replace the replay buffer, and
 Q(lambda) returns look several steps ahead. A moving average of the weights acts and gives targets.
+The optimizer is Muon (common.py).
 
     python train_expert.py --game pong --steps 50_000 --out runs/try-expert  # a minute
     python train_expert.py --game breakout  # one core: about two hours
-    python train_expert.py --game breakout --steps 25_000_000 --out runs/paper-expert  # as paper
+    python train_expert.py --game breakout --steps 25e6 --out runs/long-expert  # the paper's length
 
 Output: the folder --out with checkpoint.pt (the same command resumes from it), log.csv, and
 expert.pt, the weights alone in half precision, for the next stage.
@@ -28,12 +29,8 @@ from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
 from torch import nn
 
-TWO_PLAYER_GAMES = {
-    "combat",
-    "joust",
-    "maze_craze",
-    "warlords",
-}  # the emulator refuses these for one player
+# The emulator refuses these with one player.
+TWO_PLAYER_GAMES = {"combat", "joust", "maze_craze", "warlords"}
 
 
 @dataclass
@@ -77,7 +74,7 @@ class Args:
         common.require_shares(self, "gamma", "lam", "epsilon", "explore", "decay", "target_rate")
         common.require_shares(self, "sticky")
         common.require_range(self, 1, 10_000, "num_envs")
-        common.require_range(self, 0, 1e30, "lr")  # far beyond any that make sense
+        common.require_range(self, 0, 1e30, "lr")  # larger ones overflow float32
         common.require_range(self, 0, 2**31 - 1, "seed")
         common.require(
             self.minibatch <= self.num_envs * self.rollout,
@@ -145,10 +142,10 @@ def new_episode(frame, last_frame):
 
 
 class AtariNet(nn.Module):
-    """The paper's network: convolutions, linear layers, a score for each action; with LayerNorm.
+    """The paper's network: convolutions, linear layers, a value for each action; with LayerNorm.
 
-    obs (B, 4, 84, 84) uint8 -> scores (B, 18), features (B, F), the activations that feed the
-    output layer. Scores are Q-values in an expert and in transfer, and logits in the mimic.
+    obs (B, 4, 84, 84) uint8 -> values (B, 18), features (B, F), the activations that feed the
+    output layer. Values are logits in a mimic, and Q-values elsewhere (also with --objective q).
     norm: LayerNorm after "all" layers but the last, after "linear" ones alone, or "none" (paper).
     """
 
@@ -172,7 +169,7 @@ class AtariNet(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
                 nn.init.zeros_(layer.bias)
-        # Small, not zero: of equal scores argmax always takes the no-op.
+        # Small, not zero: of equal values argmax always picks the no-op.
         nn.init.orthogonal_(self.head.weight, 0.01)
         nn.init.zeros_(self.head.bias)
 
@@ -189,14 +186,14 @@ class AtariNet(nn.Module):
             return self.head(features), features
 
 
-def act(scores, legal, epsilon, rng):
+def act(values, legal, epsilon, rng):
     """Choose epsilon-greedily: the best legal action, or with probability epsilon any legal one.
 
-    scores: (N, 18); legal: (18,) or (N, 18) bool; returns (N,) int64. All on the CPU.
+    values: (N, 18); legal: (18,) or (N, 18) bool; returns (N,) int64. All on the CPU.
     """
-    greedy = scores.masked_fill(~legal, -torch.inf).argmax(1)
-    random = torch.multinomial(legal.float().expand_as(scores), 1, generator=rng).squeeze(1)
-    return torch.where(torch.rand(len(scores), generator=rng) < epsilon, random, greedy)
+    greedy = values.masked_fill(~legal, -torch.inf).argmax(1)
+    random = torch.multinomial(legal.float().expand_as(values), 1, generator=rng).squeeze(1)
+    return torch.where(torch.rand(len(values), generator=rng) < epsilon, random, greedy)
 
 
 # Targets and loss
@@ -263,9 +260,7 @@ def train(args, run):
     step, scores = 0, deque(maxlen=100)  # scores of the last finished episodes
     if run.saved:
         common.load_state(run.saved, target, optimizer, rng, run.folder)
-        # An expert.pt holds the average alone: then learning resumes from that.
-        online = "online" if "optimizer" in run.saved else "net"
-        common.load_weights(net, run.saved, run.folder, online)
+        common.load_weights(net, run.saved, run.folder, "online")
         step, scores = run.saved["step"], deque(run.saved["scores"], maxlen=100)
         if step >= args.steps:
             print(f"{run.folder} has finished; with more --steps it would resume")
@@ -290,7 +285,7 @@ def train(args, run):
 
     while step < args.steps:
         # Where episodes are equally long, environments begun together stay in step, and a rollout
-        # would hold one part of the game only. So each round one restarts, until all have.
+        # would hold one part of the game only. So each round restarts another one, until all have.
         rounds = (step - first_step) // (T * N)
         if rounds < N:
             obs, info = envs.reset(options={"reset_mask": np.arange(N) == rounds})
@@ -376,7 +371,7 @@ def train(args, run):
                 "scores": list(scores),
                 "max_q": row["max_q"],
             }
-            # First the weights: once the checkpoint says that all is done, they are there.
+            # Weights first: where checkpoint.pt says that all is done, they exist.
             run.save("expert.pt", **contents, net=common.half(target))
             run.save(
                 "checkpoint.pt",

@@ -2,9 +2,10 @@
 
 Section 3 of the paper. The student plays all games at once. On each screen that comes up, that
 game's expert says how good every action is (Q-values). A softmax turns these into a policy, and the
-student learns to hold the same policy (policy regression) and features from which the expert's can
-be read off (feature regression; --feature-weight 0 leaves it out). Here the experts play first, and
-the student takes over in the course of the run; in the paper it plays throughout (--actor student).
+student learns to hold the same policy (policy regression) and features from which a linear map
+predicts the expert's (feature regression; --feature-weight 0 leaves it out). Here the experts play
+first, and the student takes over in the course of the run; in the paper it plays throughout
+(--actor student).
 
     python train_mimic.py --steps 10_000 --out runs/try-mimic  # 1 to 5 minutes
     python train_mimic.py  # two cores: 40 to 90 minutes, without bfloat16 2 to 3.3 hours;
@@ -13,7 +14,7 @@ the student takes over in the course of the run; in the paper it plays throughou
                            # the paper's length and player: 35 hours to 8 days
 
 Output: runs/mimic/ with checkpoint.pt (the same command resumes from it), log.csv, and mimic.pt,
-the student's weights alone in half precision. Those in mimics/ are such files.
+the student's weights alone in half precision. mimics/ holds trained ones.
 """
 
 import math
@@ -50,8 +51,8 @@ class Args:
     sticky: float = 0.0  # chance, in each frame, that the last action repeats (as paper)
     # Learning
     objective: str = "policy"  # policy, or q: squared error on Q-values (no temperature)
-    temperature: float = 0.3  # of the experts' softmax, in units of q_spread (paper: 1, plain)
-    feature_weight: float = 0.1  # of feature regression; 0: none (paper: 0, and 0.01)
+    temperature: float = 0.3  # of the experts' softmax, in units of q_spread (paper: 1, without it)
+    feature_weight: float = 0.1  # of feature regression (paper: 0 with eight games, else 0.01)
     updates: int = 32  # gradient steps per round: each observation is drawn twice (as paper)
     minibatch: int = 16  # observations of each game per gradient step (paper: 8)
     replay: int = 20_000  # observations kept of each game, 0.15 GB (paper: 100_000)
@@ -74,15 +75,18 @@ class Args:
         common.require_positive(self, "report_every")
         common.require_shares(self, "epsilon", "sticky", "decay")
         common.require_range(self, 1, 10_000, "num_envs")
-        common.require_range(self, 0, 1e30, "lr")  # far beyond any that make sense
+        common.require_range(self, 0, 1e30, "lr")  # larger ones overflow float32
         common.require_range(self, 1e-6, 1e6, "temperature")  # outside, the softmax is not finite
         common.require_range(self, 0, 2**31 - 1, "seed")
         common.require_range(self, 0, 1_000_000, "feature_weight")
-        observations = self.updates * self.minibatch  # 28 KB each, in memory at once
-        few = observations <= 100_000
-        common.require(few, "--updates times --minibatch must be at most 100,000")
-        enough = self.replay >= 4 * self.num_envs
-        common.require(enough, "--replay must hold four observations of every environment")
+        common.require(
+            self.updates * self.minibatch <= 100_000,  # 2.8 GB of each game
+            "--updates times --minibatch must be at most 100,000",
+        )
+        common.require(
+            self.replay >= 4 * self.num_envs,
+            "--replay must hold four observations of every environment",
+        )
 
 
 # The environment
@@ -129,10 +133,10 @@ def new_episode(frame, last_frame):
 
 
 class AtariNet(nn.Module):
-    """The paper's network: convolutions, linear layers, a score for each action; with LayerNorm.
+    """The paper's network: convolutions, linear layers, a value for each action; with LayerNorm.
 
-    obs (B, 4, 84, 84) uint8 -> scores (B, 18), features (B, F), the activations that feed the
-    output layer. Scores are Q-values in an expert and in transfer, and logits in the mimic.
+    obs (B, 4, 84, 84) uint8 -> values (B, 18), features (B, F), the activations that feed the
+    output layer. Values are logits in a mimic, and Q-values elsewhere (also with --objective q).
     norm: LayerNorm after "all" layers but the last, after "linear" ones alone, or "none" (paper).
     """
 
@@ -156,7 +160,7 @@ class AtariNet(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))  # keeps the scale through a ReLU
                 nn.init.zeros_(layer.bias)
-        # Small, not zero: of equal scores argmax always takes the no-op.
+        # Small, not zero: of equal values argmax always picks the no-op.
         nn.init.orthogonal_(self.head.weight, 0.01)
         nn.init.zeros_(self.head.bias)
 
@@ -173,14 +177,14 @@ class AtariNet(nn.Module):
             return self.head(features), features
 
 
-def act(scores, legal, epsilon, rng):
+def act(values, legal, epsilon, rng):
     """Choose epsilon-greedily: the best legal action, or with probability epsilon any legal one.
 
-    scores: (N, 18); legal: (18,) or (N, 18) bool; returns (N,) int64. All on the CPU.
+    values: (N, 18); legal: (18,) or (N, 18) bool; returns (N,) int64. All on the CPU.
     """
-    greedy = scores.masked_fill(~legal, -torch.inf).argmax(1)
-    random = torch.multinomial(legal.float().expand_as(scores), 1, generator=rng).squeeze(1)
-    return torch.where(torch.rand(len(scores), generator=rng) < epsilon, random, greedy)
+    greedy = values.masked_fill(~legal, -torch.inf).argmax(1)
+    random = torch.multinomial(legal.float().expand_as(values), 1, generator=rng).squeeze(1)
+    return torch.where(torch.rand(len(values), generator=rng) < epsilon, random, greedy)
 
 
 # Losses (Section 3 of the paper)
@@ -189,8 +193,8 @@ def act(scores, legal, epsilon, rng):
 def q_spread(expert_q, legal):
     """How far the Q-values of a state lie apart: (B, 18), (18,) bool -> scalar, at least 1e-6.
 
-    It is the standard deviation over the legal actions, mean over the states. In some games an
-    action hardly matters and in others much, and the temperature has to keep step with that.
+    It is the standard deviation over the legal actions, mean over the states. The temperature is a
+    multiple of it, because in some games an action matters little and in others much.
     """
     return expert_q[:, legal].std(1, correction=0).mean().clamp(min=1e-6)
 
@@ -198,16 +202,15 @@ def q_spread(expert_q, legal):
 def policy_loss(student_logits, expert_q, legal, temperature):
     """Cross-entropy from the expert's softened policy to the student's (eq. 2).
 
-    student_logits, expert_q: (..., 18), in train() (G, B, 18); legal: bool, there (G, 1, 18);
-    temperature: above 0, there (G, 1, 1); returns (...). Only the expert is divided by the
-    temperature (eq. 1): it turns Q-values, whose scale differs from game to game, into a policy.
-    The loss cannot be less than the entropy of the expert's policy, so losses of different games
-    or temperatures do not compare.
+    student_logits, expert_q: (..., 18); legal: bool, and temperature: above 0, broadcast to them;
+    returns (...). In train() these are (G, B, 18), (G, 1, 18) and (G, 1, 1). Only the expert's
+    Q-values are divided by the temperature (eq. 1). The loss cannot be less than the entropy of
+    the expert's policy, so losses of different games or temperatures do not compare.
     """
     expert_policy = F.softmax(expert_q.masked_fill(~legal, -torch.inf) / temperature, -1)
-    log_policy = F.log_softmax(student_logits.masked_fill(~legal, -torch.inf), -1)
-    # The masked logarithms are replaced because 0 * -inf is not a number.
-    return -(expert_policy * log_policy.masked_fill(~legal, 0)).sum(-1)
+    # Not -inf, as 0 * -inf is not a number.
+    log_policy = F.log_softmax(student_logits.masked_fill(~legal, -1e9), -1)
+    return -(expert_policy * log_policy).sum(-1)
 
 
 def q_loss(student_q, expert_q, legal):
@@ -216,7 +219,7 @@ def q_loss(student_q, expert_q, legal):
 
 
 def feature_loss(predicted, expert_features):
-    """Squared distance of what a regressor reads off the student, mean over the batch (eq. 3).
+    """Squared distance of a regressor's output from the expert's features, batch mean (eq. 3).
 
     predicted, expert_features: (B, F of the expert), summed over F; returns a scalar.
     """
@@ -238,7 +241,7 @@ class FrameReplay:
         # How many earlier frames of its episode a frame has, at most 3.
         self.age = torch.zeros((steps, num_envs), dtype=torch.int64)
         self.q_values = torch.zeros((steps, num_envs, 18))
-        self.features = torch.zeros((steps, num_envs, features), dtype=torch.half)
+        self.features = torch.zeros((steps, num_envs, features), dtype=torch.half)  # less memory
         self.added = 0  # steps so far; step i lies in slot i % steps
 
     def add(self, obs, age, q_values, features):
@@ -261,7 +264,7 @@ class FrameReplay:
         rows = slots * self.frames.shape[1] + env[:, None]  # (count, 4)
         # index_select is faster on a CPU than indexing with [slots, env].
         obs = self.frames.flatten(0, 1).index_select(0, rows.flatten()).view(count, 4, 84, 84)
-        obs *= (back <= self.age[slot, env][:, None])[:, :, None, None]  # else black
+        obs *= (back <= self.age[slot, env][:, None])[:, :, None, None]
         return obs, self.q_values[slot, env], self.features[slot, env].float()
 
 
@@ -276,9 +279,9 @@ Student = AtariNet
 
 
 def load_expert(path):
-    """Read an expert: its checkpoint, a dict, and its network, frozen; UserError if it is none."""
+    """Return an expert's checkpoint, a dict, and its network; raises UserError if path has none."""
     expert = common.load_checkpoint(path, ("expert", "transfer"))
-    return expert, common.make_network(AtariNet, expert, path).requires_grad_(False)
+    return expert, common.make_network(AtariNet, expert, path)
 
 
 def train(args, run):
@@ -295,7 +298,7 @@ def train(args, run):
     games = [expert["games"][0] for expert in experts]
     if len(set(games)) < len(games):
         raise common.UserError(f"two experts for one game: {', '.join(games)}")
-    # What tells an expert from the same one trained again.
+    # An expert that was trained again has other steps or minutes.
     marks = [[expert["step"], expert["minutes"]] for expert in experts]
     net_args = {"channels": list(args.channels), "hidden": list(args.hidden), "norm": args.norm}
     G, T, N = len(games), args.rollout, args.num_envs
@@ -316,7 +319,7 @@ def train(args, run):
     regressors = nn.ModuleList(nn.Linear(width, expert_width) for expert_width in expert_widths)
     regressors.to(device)
     weights = [*student.parameters(), *regressors.parameters()]
-    # fused: the whole update in one pass over the weights, which is faster.
+    # Paper: a variant of Adam. fused: an update in one pass over the weights, which is faster.
     optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
     step, scores = 0, [deque(maxlen=30) for _ in games]  # of the student's last finished episodes
     if run.saved:
@@ -327,8 +330,7 @@ def train(args, run):
                 f"{', '.join(saved_setup[0])}; name another --out"
             )
         common.load_state(run.saved, student, optimizer, rng, run.folder)
-        if "optimizer" in run.saved:  # else it is a mimic.pt: the linear maps start afresh, too
-            common.load_weights(regressors, run.saved, run.folder, "regressors")
+        common.load_weights(regressors, run.saved, run.folder, "regressors")
         step = run.saved["step"]
         scores = [deque(recent, maxlen=30) for recent in run.saved["scores"]]
         if step >= args.steps:
@@ -354,16 +356,17 @@ def train(args, run):
         # Who plays. The student has the first environments of each game, by and by more of them.
         # Paper: it has all; here its share grows from 0 to 1, as in DAgger (Ross et al., 2011).
         share = {"student": 1, "both": step / args.steps, "expert": 0}[args.actor]
-        had, K = K, math.ceil(N * share)
-        if K > had:  # A new episode begins where it takes over: so every score is of one player.
-            taken = (np.arange(N) >= had) & (np.arange(N) < K)
+        last_K, K = K, math.ceil(N * share)
+        if K > last_K:  # A new episode begins where it takes over: so every score is of one player.
+            taken = (np.arange(N) >= last_K) & (np.arange(N) < K)
             for g, env in enumerate(envs):
                 new_obs, info = env.reset(options={"reset_mask": taken})
                 obs[g], frame[g] = torch.from_numpy(new_obs), info["episode_frame_number"]
             age[:, taken], returns[:, taken] = 0, 0
 
-        # Act, T steps in all environments of all games, and ask the experts about what is met.
-        # One autocast for all steps: it rounds the weights to bfloat16 only once.
+        # Act, T steps in all environments of all games, and ask the experts about each observation.
+        # One autocast for all steps: it rounds the weights to bfloat16 only once. It would round
+        # those of frozen networks (requires_grad_(False)) at each call.
         with torch.no_grad(), autocast:
             for t in range(T):
                 device_obs = obs.to(device)
@@ -378,7 +381,7 @@ def train(args, run):
                 actions = act(values.flatten(0, 1).cpu(), legal_of_all, args.epsilon, rng)  # (G*N,)
                 for env, action in zip(envs, actions.view(G, N).numpy()):
                     env.send(action)
-                # Received after all were sent: so the games step at the same time.
+                # Receive only after all are sent, so that the games step at the same time.
                 next_obs, reward, _, _, infos = zip(*(env.recv() for env in envs))
                 obs = torch.from_numpy(np.stack(next_obs))  # (G, N, 4, 84, 84)
                 last_frame = frame
@@ -397,15 +400,15 @@ def train(args, run):
             group["lr"] = lr
         # From all of the replay: of one minibatch alone the temperature would be noisy.
         spreads = [
-            q_spread(replay.q_values[: replay.added].flatten(0, 1), mask[0]).item()
-            for replay, mask in zip(replays, legal)
+            q_spread(replay.q_values[: replay.added].flatten(0, 1), game_legal[0]).item()
+            for replay, game_legal in zip(replays, legal)
         ]
         # (G, 1, 1)
         temperature = args.temperature * torch.tensor(spreads, device=device).view(G, 1, 1)
         # All minibatches at once, 28 KB an observation, which is faster than one by one.
         samples = [replay.draw(args.updates * args.minibatch, rng) for replay in replays]
         sample_obs, sample_q, sample_features = zip(*samples)  # each holds a tensor of every game
-        # (G, 3): imitation loss, feature loss, share of equal choices; means over the updates.
+        # (G, 3): imitation loss, feature loss and agreement, means over the updates.
         averages = torch.zeros(G, 3, device=device)
         for first in range(0, args.updates * args.minibatch, args.minibatch):
             batch = slice(first, first + args.minibatch)
@@ -465,7 +468,7 @@ def train(args, run):
                 "score": [common.mean(recent) for recent in scores],
                 "scores": [list(recent) for recent in scores],
             }
-            # First the weights: once the checkpoint says that all is done, they are there.
+            # Weights first: where checkpoint.pt says that all is done, they exist.
             run.save("mimic.pt", **contents, net=common.half(student))
             run.save(
                 "checkpoint.pt",

@@ -94,8 +94,8 @@ def bare_network(args, batch, learning, autocast, optimizer=muon, regressors=())
 
     def learn():
         with autocast:
-            scores, features = net(obs)
-        loss = scores.square().mean()
+            values, features = net(obs)
+        loss = values.square().mean()
         for regressor, part in zip(maps, features.chunk(max(len(maps), 1))):
             loss = loss + regressor(part).square().mean()
         optimizer.zero_grad()
