@@ -24,6 +24,7 @@ import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +61,11 @@ PAPER = {game for game, row in PUBLISHED.items() if not math.isnan(row["paper_am
 rcParams["text.parse_math"] = False  # a $ in the name of a run is no formula
 
 # Half-widths of a 95% interval of a mean, in standard errors, by number of seeds (Student's t).
-STUDENT_T = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+# That of two would be 12.7: too wide to be of use.
+STUDENT_T = [math.nan] * 3 + [4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 COLOURS = "C0", "C2", "C3", "C4", "C5", "C6", "C8", "C9"  # C1: the paper's, C7: the control
 LINE = "{:15} {:36} {:>9} {:>9} {:>7} {:>14}"
 HEADING = LINE.format("game", "network", "score", "expert", "%", "95% interval")
-CONTROL = "from random weights"  # an arm of transfer.py
 MEDIAN = "Median of all games"  # a panel of the curves, beside those of games
 PAPERS = "the paper's network"  # a bar of each game
 AT_ONCE = 48  # episodes played at a time, or four for each core
@@ -100,10 +101,7 @@ class Args:
         self.runs = tuple(dict.fromkeys(str(Path(path)) for path in self.runs))  # a/ is a
         common.require(self.runs or self.curves, "name checkpoints in --runs or logs in --curves")
         common.require(self.runs or not (self.random or self.gif), "--random and --gif need --runs")
-        common.require(
-            not (self.random and "random" in self.runs),
-            "the row of --random would hide the run named random: rename it",
-        )
+        common.require("random" not in self.runs, "a run may not be named random: rename it")
         common.require_range(self, 0, 10_000, "episodes")
         idle = self.random or (self.runs and not self.gif)
         common.require(self.episodes or not idle, "--episodes 0 plays none: it needs --gif alone")
@@ -147,11 +145,9 @@ def load_players(args, device):
     read = {path: common.load_checkpoint(path, tuple(SCRIPTS)) for path in args.runs}
     warn_of_same_seeds(read)
     # Of several experts of one game none is the measure: seeds would be in % of the first.
-    named = {}  # {game: labels of its experts}
-    for path, checkpoint in read.items():
-        if checkpoint["stage"] == "expert":
-            named.setdefault(checkpoint["games"][0], []).append(path)
-    only = {game: labels[0] for game, labels in named.items() if len(labels) == 1}
+    named = [(c["games"][0], path) for path, c in read.items() if c["stage"] == "expert"]
+    count = Counter(game for game, _ in named)
+    only = {game: path for game, path in named if count[game] == 1}
     players = []
     for path, checkpoint in list(read.items()):
         learned = checkpoint["games"]
@@ -252,13 +248,10 @@ def start_games(wanted):
     The threads have a lower priority, which the emulators' own threads take over, so that the
     networks, for which many emulators wait, come first.
     """
-
-    def lower_priority():
-        if sys.platform == "linux":  # elsewhere it is that of the whole process
-            os.nice(10)
-
+    linux = sys.platform == "linux"  # elsewhere it is the priority of the whole process
+    lower = {"initializer": os.nice, "initargs": (10,)} if linux else {}
     games = []
-    with ThreadPoolExecutor(common.cores(), initializer=lower_priority) as pool:
+    with ThreadPoolExecutor(common.cores(), **lower) as pool:
         for game in pool.map(lambda one: Game(*one), wanted):
             games.append(game)
             common.show(f"starting emulators: {len(games)} of {len(wanted)}", keep=False)
@@ -458,10 +451,8 @@ def print_summary(players, results, sticky):
                     interval = bootstrap(np.mean, own[g : g + 1], base[g : g + 1])
                     print(f"  {game} {show_interval(interval)}")
         if all(game in PUBLISHED for game in games):
-            random, human = (
-                np.array([PUBLISHED[game][who] for game in games])[:, None, None]  # (games, 1, 1)
-                for who in ("random", "human")
-            )
+            ends = [(PUBLISHED[game]["random"], PUBLISHED[game]["human"]) for game in games]
+            random, human = np.array(ends).T[:, :, None, None]  # (games, 1, 1) each
             print_middle(f"{name}: % of human", own - random, human - random)
 
 
@@ -473,10 +464,10 @@ def print_middle(title, own, base):
     print(f"  median {show_interval(median)}, interquartile mean {show_interval(middle)}")
 
 
-def show_interval(interval):
-    """Write a value and its interval: (value, low, high) -> text."""
-    value, low, high = interval
-    return f"{value:.1f}" if math.isnan(low) else f"{value:.1f} ({low:.1f} to {high:.1f})"
+def show_interval(interval, digits=1):
+    """Write a value and its interval, if it has one: (value, low, high) -> text."""
+    value, low, high = (f"{x:.{digits}f}".replace("inf", "never") for x in interval)
+    return value if low == "nan" else f"{value} ({low} to {high})"
 
 
 def write_csv(rows, path):
@@ -502,36 +493,34 @@ def draw_bars(rows, groups, path):
     if not rows:
         return False
     games = list(dict.fromkeys(row["game"] for row in rows))
-    if PAPER and PAPER <= set(games):
-        for game in PAPER:
-            dqn, amn = PUBLISHED[game]["paper_dqn"], PUBLISHED[game]["paper_amn"]
-            bar = {"network": PAPERS, "game": game, "mean": amn, "% expert": 100 * amn / dqn}
-            rows.append(bar)
+    for game in PAPER if PAPER <= set(games) else ():
+        dqn, amn = PUBLISHED[game]["paper_dqn"], PUBLISHED[game]["paper_amn"]
+        rows.append({"network": PAPERS, "game": game, "mean": amn, "% expert": 100 * amn / dqn})
     name_of = {player.label: name for name, seeds in groups for player in seeds}
-    bars = {game: {} for game in games}  # {game: {name: rows of its seeds}}
+    bars = {}  # {name: {game: rows of its seeds}}
     for row in rows:
-        name = name_of.get(row["network"], row["network"])
-        bars[row["game"]].setdefault(name, []).append(row)
-    names = list(dict.fromkeys(name for mine in bars.values() for name in mine))
-    words = {name: name.removeprefix("runs/") for name in names}
-    if len(names) == 2 and PAPERS in names:
-        words[names[0]] = "one network for all games"
-    height = 0.4 + math.ceil(len(games) / 2) * (0.4 + 0.28 * len(names))
+        by_game = bars.setdefault(name_of.get(row["network"], row["network"]), {})
+        by_game.setdefault(row["game"], []).append(row)
+    words = [name.removeprefix("runs/") for name in bars]
+    if len(words) == 2 and words[1] == PAPERS:
+        words[0] = "one network for all games"
+    height = 0.4 + math.ceil(len(games) / 2) * (0.4 + 0.28 * len(bars))
     figure, panels = make_panels(len(games), 2, (8.5, height), sharex=True, sharey=True)
     for panel, game in zip(panels, games):
-        for name, seeds in bars[game].items():
-            place, percents = names.index(name), [row["% expert"] for row in seeds]
-            mean = np.mean([row["mean"] for row in seeds])
+        for place, (name, by_game) in enumerate(bars.items()):
+            if game not in by_game:
+                continue
+            percents = [row["% expert"] for row in by_game[game]]
+            mean = np.mean([row["mean"] for row in by_game[game]])
             score = f"{mean:,.0f}" if abs(mean) >= 100 else f"{mean:.1f}"
             panel.barh(place, np.mean(percents), color="C1" if name == PAPERS else "C0")
-            end = {"xytext": (5, 0), "textcoords": "offset points", "verticalalignment": "center"}
-            text = f"{np.mean(percents):.0f}% ({score})"
-            panel.annotate(text, (max(0, *percents), place), fontsize=9, **end)
-            if len(seeds) > 1:
-                panel.plot(percents, [place] * len(seeds), ".", color="black", markersize=4)
+            text = f"  {np.mean(percents):.0f}% ({score})"
+            panel.text(max(0, *percents), place, text, fontsize=9, verticalalignment="center")
+            if len(percents) > 1:
+                panel.plot(percents, [place] * len(percents), ".", color="black", markersize=4)
         panel.axvline(100, color="grey", linewidth=0.8)
         panel.set_title(game.replace("_", " ").title(), fontsize=10)
-        panel.set_yticks(range(len(names)), words.values())
+        panel.set_yticks(range(len(bars)), words)
         panel.spines[["top", "right"]].set_visible(False)
     panel.margins(x=0.4)
     panel.invert_yaxis()
@@ -560,9 +549,9 @@ def read_log(path):
     """Read a log as {column: (rows,) float array}; raises UserError if it is missing or no log."""
     try:
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        log = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-    except (OSError, ValueError, TypeError, IndexError, csv.Error):
+            columns, *rows = csv.reader(file)
+        log = dict(zip(columns, np.array(rows, dtype=float).T))
+    except (OSError, ValueError, csv.Error):
         log = {}
     whole = {"step", "minutes"} <= log.keys() and (np.diff(log["step"]) > 0).all()
     if not whole or not any(name.endswith("_score") for name in log):
@@ -590,9 +579,8 @@ def group_curves(paths):
                 print(f"note: {path} has no {column} yet: no episode has ended", file=sys.stderr)
                 continue
             game = column.removesuffix("_score")
-            percent = log.get(f"{game}_percent", np.zeros(len(log[column])))
-            known = percent > 0
-            goal = 100 * log[column][known][-1] / percent[known][-1] if known.any() else math.nan
+            percent = log.get(f"{game}_percent", [0])[-1]  # of the expert; 0: there is none
+            goal = 100 * log[column][-1] / percent if percent else math.nan
             curve = log["step"], log[column], goal
             groups.setdefault(game, {}).setdefault(label, []).append(curve)
         percents = [values for column, values in log.items() if column.endswith("_percent")]
@@ -603,8 +591,12 @@ def group_curves(paths):
 
 
 def half_width(values):
-    """Half the 95% interval (Student's t) of a mean of 3 seeds or more: (seeds, ...) -> (...)."""
-    return STUDENT_T.get(len(values), 2.26) * values.std(0, ddof=1) / math.sqrt(len(values))
+    """Half the 95% interval (Student's t) of a mean over seeds: (seeds, ...) -> (...).
+
+    It is nan for fewer than three seeds.
+    """
+    seeds = len(values)
+    return STUDENT_T[min(seeds, 10)] * values.std(0) / math.sqrt(max(1, seeds - 1))
 
 
 def mean_over_run(steps, scores):
@@ -616,23 +608,8 @@ def mean_over_run(steps, scores):
 
 def arm_name(arm):
     """Name an arm of transfer.py in a figure."""
-    return {"control": CONTROL, "mimic": "from the mimic"}.get(arm, f"from {arm}")
-
-
-def arms_of(groups):
-    """Return the runs of transfer.py as {arm: {game: (steps (T,), scores (seeds, T))}}.
-
-    The steps are those at which all seeds have a score: one may be shorter, or still run.
-    """
-    arms = {}
-    for game, curves in groups.items():
-        for label, seeds in curves.items():
-            steps, scores = align(seeds)
-            known = ~np.isnan(scores).any(0)
-            if label.startswith(f"transfer-{game}-") and known.any():
-                arm = arms.setdefault(label.removeprefix(f"transfer-{game}-"), {})
-                arm[game] = steps[known], scores[:, known]
-    return arms
+    words = {"control": "from random weights", "mimic": "from the mimic"}
+    return words.get(arm, f"from {arm}")
 
 
 def align(seeds):
@@ -651,46 +628,46 @@ def steps_to_control(steps, scores, control_steps, control_scores):
     reached = np.flatnonzero(mean >= goal)
     if not len(reached):
         return math.inf
-    first = reached[0]
-    step = steps[first]
-    if first:
-        step = np.interp(goal, mean[first - 1 : first + 1], steps[first - 1 : first + 1])
-    return step / control_steps[-1]
+    pair = slice(max(0, reached[0] - 1), reached[0] + 1)  # the rows before and after
+    return np.interp(goal, mean[pair], steps[pair]) / control_steps[-1]
 
 
 def compare_arms(groups):
     """Compare the arms of transfer.py with its control: {arm: {game: (ratio, low, high)}}.
 
-    groups: as of group_curves. The ratio is that of steps_to_control. MEDIAN has the median of
-    several games. The intervals resample the seeds of both; single seeds have none, but nan.
+    groups: as of group_curves. The ratio is that of steps_to_control, at the steps at which all
+    seeds have a score: one may be shorter, or still run. MEDIAN has the median of several games.
+    The intervals resample the seeds of both; single seeds have none, but nan.
     """
-    arms, rng = arms_of(groups), np.random.default_rng(0)
-    control, compared = arms.pop("control", {}), {}
-
-    def resample_seeds(scores):
-        return scores[rng.integers(len(scores), size=len(scores))]
-
-    for arm, curves in arms.items():
-        games, draws = [game for game in curves if game in control], []
-        for game in [game for game in games if curves[game][0][-1] < control[game][0][-1]]:
-            print(f"note: {game}, {arm}: shorter than the control, not compared", file=sys.stderr)
-            games.remove(game)
-        for game in games:
-            (x, own), (y, base) = curves[game], control[game]
-            draws.append([steps_to_control(x, own, y, base)])
+    ratios, rng = {}, np.random.default_rng(0)  # {arm: {game: the ratio, and those of resamples}}
+    for game, curves in groups.items():
+        arms = {}
+        for label, seeds in curves.items():
+            steps, scores = align(seeds)
+            known = ~np.isnan(scores).any(0)
+            if label.startswith(f"transfer-{game}-") and known.any():
+                arms[label.removeprefix(f"transfer-{game}-")] = steps[known], scores[:, known]
+        if "control" not in arms:
+            continue
+        control_steps, base = arms.pop("control")
+        for arm, (steps, own) in arms.items():
+            if steps[-1] < control_steps[-1]:
+                why = "shorter than the control, not compared"
+                print(f"note: {game}, {arm}: {why}", file=sys.stderr)
+                continue
+            shares = [steps_to_control(steps, own, control_steps, base)]
             for _ in range(2_000):
-                again = resample_seeds(own), resample_seeds(base)
-                draws[-1].append(steps_to_control(x, again[0], y, again[1]))
-        several = {game for game in games if len(curves[game][1]) + len(control[game][1]) > 2}
-        if len(games) > 1:
-            games, draws = [*games, MEDIAN], [*draws, np.median(draws, 0)]
-            several |= {MEDIAN} if several else set()
-        for game, (ratio, *drawn) in zip(games, draws):
-            # No value between two draws, since some are infinite.
-            low, high = np.percentile(drawn, [2.5, 97.5], method="inverted_cdf")
-            if game not in several:  # one seed of each arm
-                low = high = math.nan
-            compared.setdefault(arm, {})[game] = ratio, low, high
+                drawn = rng.choice(own, len(own)), rng.choice(base, len(base))
+                shares.append(steps_to_control(steps, drawn[0], control_steps, drawn[1]))
+            ratios.setdefault(arm, {})[game] = shares
+    compared = {arm: {} for arm in ratios}
+    for arm, by_game in ratios.items():
+        if len(by_game) > 1:
+            by_game[MEDIAN] = np.median(list(by_game.values()), 0)
+        for game, (ratio, *resampled) in by_game.items():
+            # No value between two of them, since some are infinite.
+            ends = np.percentile(resampled, [2.5, 97.5], method="inverted_cdf")
+            compared[arm][game] = ratio, *(ends if len(set(resampled)) > 1 else [math.nan] * 2)
     return compared
 
 
@@ -698,9 +675,8 @@ def print_arms(compared):
     """Print when each arm of transfer.py reaches what the control reaches in the end."""
     for arm, by_game in compared.items():
         for game, interval in by_game.items():
-            ratio, low, high = ("never" if math.isinf(x) else f"{x:.2f}" for x in interval)
-            between = "" if low == "nan" else f" ({low} to {high})"
-            print(f"{game}, {arm}: steps to the control's last score {ratio}{between}")
+            share = show_interval(interval, digits=2)
+            print(f"{game}, {arm}: steps to the control's last score {share}")
 
 
 def draw_arms(compared, path):
@@ -732,11 +708,8 @@ def print_curves(groups):
             ends = np.array([(mean_over_run(x, y), y[-1]) for x, y, _ in seeds])
             if np.isnan(ends).any():
                 continue  # a seed that has no two scores yet
-            means = ends.mean(0)
-            over, end = (f"{mean:.1f}" for mean in means)
-            if len(seeds) > 2:
-                half = half_width(ends)
-                over, end = map(show_interval, zip(means, means - half, means + half))
+            means, half = ends.mean(0), half_width(ends)
+            over, end = map(show_interval, zip(means, means - half, means + half))
             name = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
             last = [x[-1] for x, _, _ in seeds]
             if min(last) < max(last):  # they do not compare
@@ -757,33 +730,27 @@ def draw_curves(groups, path):
             steps, scores = align(seeds)
             arm = label.removeprefix(f"transfer-{game}-")
             name = arm_name(arm) if arm != label else label.removesuffix(f"-{game}")
-            colour = "C7" if name == CONTROL else next(colours, "black")
+            colour = "C7" if arm == "control" else next(colours, "black")
             name = f"{name} ({len(seeds)} seeds)" if len(seeds) > 1 else name
-            (line,) = panel.plot(steps, scores.mean(0), color=colour, label=name)
-            if len(seeds) > 1:
-                for x, y, _ in seeds:
-                    panel.plot(x, y, color=line.get_color(), linewidth=0.5)
-            if len(seeds) > 2:  # that of two seeds would be 13 standard errors wide
-                half = half_width(scores)
-                low, high = scores.mean(0) - half, scores.mean(0) + half
-                panel.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
-        goals = {goal for seeds in curves.values() for _, _, goal in seeds if not math.isnan(goal)}
-        if goals:
-            label = "its expert, in training"
-            panel.axhline(max(goals), color="grey", linestyle="dotted", label=label)
-        elif game in PAPER and PUBLISHED[game]["paper_dqn"] < 3 * panel.dataLim.y1:  # not far above
-            label, score = "paper's expert, at its end", PUBLISHED[game]["paper_dqn"]
-            panel.axhline(score, color="grey", linestyle="dashed", label=label)
+            mean, half = scores.mean(0), half_width(scores)
+            panel.plot(steps, mean, color=colour, label=name)
+            for x, y, _ in seeds:
+                panel.plot(x, y, color=colour, linewidth=0.5)
+            panel.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2)
+        goals = [goal for seeds in curves.values() for _, _, goal in seeds if not math.isnan(goal)]
+        paper = PUBLISHED.get(game, NOTHING)["paper_dqn"]
+        if goals or paper < 3 * panel.dataLim.y1:  # not far above
+            whose = "its expert, in training" if goals else "paper's expert, at its end"
+            goal = max(goals, default=paper)
+            panel.axhline(goal, color="grey", linestyle="dashed", label=whose)
         x, y = ("minutes", "% of the expert") if game == MEDIAN else ("steps", "score in training")
         title = MEDIAN if game == MEDIAN else game.replace("_", " ").title()
         panel.set(title=title, xlabel=x, ylabel=y)
         panel.locator_params(nbins=5)
         panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))  # 100k, 2M
-    if len({tuple(curves) for curves in groups.values()}) == 1:  # one legend says it for all
-        panels[0].legend(fontsize=8)
-    else:
-        for panel in panels:
-            panel.legend(fontsize=7)
+    same = len({tuple(curves) for curves in groups.values()}) == 1  # one legend says it for all
+    for panel in panels[:1] if same else panels:
+        panel.legend(fontsize=7)
     save_figure(figure, path)
 
 
