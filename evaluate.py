@@ -101,7 +101,10 @@ class Args:
         self.runs = tuple(dict.fromkeys(str(Path(path)) for path in self.runs))  # a/ is a
         common.require(self.runs or self.curves, "name checkpoints in --runs or logs in --curves")
         common.require(self.runs or not (self.random or self.gif), "--random and --gif need --runs")
-        common.require("random" not in self.runs, "a run may not be named random: rename it")
+        common.require(
+            not (self.random and "random" in self.runs),
+            "the row of --random would hide the run named random: rename it",
+        )
         common.require_range(self, 0, 10_000, "episodes")
         idle = self.random or (self.runs and not self.gif)
         common.require(self.episodes or not idle, "--episodes 0 plays none: it needs --gif alone")
@@ -117,7 +120,7 @@ class Args:
 
 @dataclass
 class Player:
-    """A network, or the random policy (net is None), and what it is measured on."""
+    """A network, or the random policy (net is None), with its games and their experts."""
 
     label: str  # its path
     net: nn.Module
@@ -549,7 +552,7 @@ def read_log(path):
     """Read a log as {column: (rows,) float array}; raises UserError if it is missing or no log."""
     try:
         with open(path, newline="") as file:
-            columns, *rows = csv.reader(file)
+            columns, *rows = filter(None, csv.reader(file))  # without blank lines
         log = dict(zip(columns, np.array(rows, dtype=float).T))
     except (OSError, ValueError, csv.Error):
         log = {}

@@ -75,7 +75,7 @@ class Args:
         common.require_positive(self, "report_every")
         common.require_shares(self, "epsilon", "sticky", "decay")
         common.require_range(self, 1, 10_000, "num_envs")
-        common.require_range(self, 0, 1e30, "lr")  # larger ones overflow float32
+        common.require_range(self, 0, 1e30, "lr")  # far above, float32 overflows
         common.require_range(self, 1e-6, 1e6, "temperature")  # outside, the softmax is not finite
         common.require_range(self, 0, 2**31 - 1, "seed")
         common.require_range(self, 0, 1_000_000, "feature_weight")

@@ -70,7 +70,7 @@ class Args:
         common.require_shares(self, "gamma", "lam", "epsilon", "explore", "decay", "target_rate")
         common.require_shares(self, "sticky")
         common.require_range(self, 1, 10_000, "num_envs")
-        common.require_range(self, 0, 1e30, "lr")  # larger ones overflow float32
+        common.require_range(self, 0, 1e30, "lr")  # far above, float32 overflows
         common.require_range(self, 0, 2**31 - 1, "seed")
         common.require(
             self.minibatch <= self.num_envs * self.rollout,

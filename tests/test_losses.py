@@ -178,11 +178,11 @@ def test_network_has_the_papers_size(channels, hidden, parameters, norm):
 
 
 @pytest.mark.parametrize("norm", ["all", "linear", "none"])
-def test_a_network_gives_scores_and_features(norm):
+def test_a_network_gives_values_and_features(norm):
     net = AtariNet((8, 8, 8, 8), (32, 16), norm)
-    scores, features = net(torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8))
-    assert scores.shape == (2, 18) and features.shape == (2, 16) and (features >= 0).all()
-    assert (scores.std(1) > 0).all()  # of equal ones argmax would take the no-op for ever
+    values, features = net(torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8))
+    assert values.shape == (2, 18) and features.shape == (2, 16) and (features >= 0).all()
+    assert (values.std(1) > 0).all()  # of equal ones argmax would take the no-op for ever
 
 
 @pytest.mark.parametrize("norm", ["all", "linear", "none"])

@@ -103,7 +103,7 @@ def test_weights_alone_are_no_run_to_resume(copy, command, name):
     refused(copy, command + " --out runs/more --steps 352", "runs/more", "another --out")
 
 
-def test_a_mimics_weights_alone_serve_every_stage(copy, short_episodes):
+def test_a_mimics_weights_alone_serve_transfer_and_evaluation(copy, short_episodes):
     command = TRANSFER + " --mimic runs/mimic/mimic.pt --keep-head --steps 32 --lr 1e-12"
     run(copy, command + " --out runs/other")
     scores, _, _ = outputs(copy / "runs/mimic")
