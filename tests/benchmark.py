@@ -85,7 +85,6 @@ def bare_network(args, batch, learning, autocast, optimizer=muon, regressors=())
     net = AtariNet(args.channels, args.hidden, args.norm).to(memory_format=torch.channels_last)
     maps = torch.nn.ModuleList(torch.nn.Linear(args.hidden[-1], width) for width in regressors)
     obs = torch.randint(256, (batch, 4, 84, 84), dtype=torch.uint8)
-    obs = obs.to(memory_format=torch.channels_last)
     optimizer = optimizer(net, maps, autocast)
 
     def forward():

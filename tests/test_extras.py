@@ -173,7 +173,7 @@ from train_mimic import AtariNet, q_spread
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 torch.manual_seed(0)
-obs, alone = torch.randint(256, (8, 4, 84, 84)), AtariNet((4, 8), (16,))
+obs, alone = torch.randint(256, (8, 4, 84, 84), dtype=torch.uint8), AtariNet((4, 8), (16,))
 torch.manual_seed(rank)
 net = copy.deepcopy(alone) if rank == 0 else AtariNet((4, 8), (16,))
 both = [

@@ -205,12 +205,32 @@ def test_rescaled_layers_have_the_size_of_new_ones_and_give_the_same_outputs(nor
             torch.testing.assert_close(layer.weight.norm(), new.weight.norm())
 
 
-def test_screens_converted_before_the_division_give_the_same_features():
-    net, obs = AtariNet((4,), (8,)), torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8)
-    divided = (obs / 255).to(memory_format=torch.channels_last)
-    for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            assert torch.equal(net(obs)[1], net.body(divided).float())
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_convolution_of_pixels_is_one_of_numbers_from_0_to_1(bfloat16):
+    net = AtariNet((8,), (16,)).to(memory_format=torch.channels_last)
+    frames = torch.randint(256, (5, 6, 84, 84), dtype=torch.uint8)
+    fast, slow = net.body[0], torch.nn.Conv2d(4, 8, 8, 4)
+    torch.nn.init.normal_(fast.bias)
+    slow.load_state_dict(fast.state_dict())
+    for obs in (frames[:, :4].contiguous(), frames[:, 1:5]):  # and one that is not contiguous
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            seen = fast(obs).float()
+        known = slow(obs / 255)
+        weights = torch.randn(known.shape)
+        for layer, result in ((fast, seen), (slow, known)):
+            layer.zero_grad()
+            (result * weights).sum().backward()
+        for a, b in (
+            (seen, known),
+            *((x.grad, getattr(slow, n).grad) for n, x in fast.named_parameters()),
+        ):
+            assert (a - b).abs().max() < (0.02 if bfloat16 else 1e-5) * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.int8])
+def test_pixels_of_another_type_are_refused(dtype):
+    with pytest.raises(TypeError, match="pixels must be uint8"):
+        AtariNet((4,), (8,))(torch.zeros((2, 4, 84, 84), dtype=dtype))
 
 
 def test_scores_are_not_rounded_to_bfloat16():

@@ -32,7 +32,7 @@ def learn(net, optimizer, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(32, 288), (288, 32), (64, 64)])
+@pytest.mark.parametrize("shape", [(32, 288), (288, 32), (64, 64), (512, 3136)])
 def test_orthogonal_keeps_singular_vectors_and_levels_the_values(shape, dtype):
     rng, small = torch.Generator().manual_seed(0), min(shape)
     u, _ = torch.linalg.qr(torch.randn(shape[0], small, generator=rng))
