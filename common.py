@@ -338,13 +338,15 @@ class PixelConv2d(nn.Conv2d):
     """
 
     def forward(self, pixels):
-        if pixels.dtype != torch.uint8:
-            raise TypeError(f"pixels must be uint8, from 0 to 255, and not {pixels.dtype}")
+        if pixels.dtype != torch.uint8 or self.stride != (4, 4):
+            seen = f"{pixels.dtype} and {self.stride}"
+            raise TypeError(f"pixels must be uint8, and the stride (4, 4), not {seen}")
         B, C, H, W = pixels.shape
         # Four neighbours in a line travel as one int32, which is faster than one after the other.
         lines = pixels.contiguous().view(torch.int32).view(B, C, H // 4, 4, W // 4)
         blocks = lines.permute(0, 2, 4, 1, 3).contiguous()  # (B, H/4, W/4, C, 4) int32
         blocks = blocks.view(torch.uint8).view(B, H // 4, W // 4, 16 * C).permute(0, 3, 1, 2)
+        # (B, 16C, H/4, W/4) uint8, channels_last
         device, dtype = pixels.device, torch.float32
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)  # 0 to 255 are exact in bfloat16
@@ -390,13 +392,13 @@ def orthogonal(matrix, dtype):
     rows, columns = matrix.shape
     x = matrix / (matrix.norm() + 1e-7)
     x = (x.T if rows > columns else x).to(dtype)
-    one = torch.eye(len(x), dtype=dtype, device=x.device)
-    # An iteration multiplies x by a polynomial of x @ x.T. Several are multiplied up before, as
-    # that matrix is smaller than x; not all five, as bfloat16 would round too much away.
+    identity = torch.eye(len(x), dtype=dtype, device=x.device)
+    # An iteration multiplies x by a polynomial of x @ x.T, which is smaller than x. So it is
+    # cheaper to multiply these factors first. Not all five: bfloat16 rounds too much away.
     for iterations in (2, 3):
-        gram, product = x @ x.T, one
+        gram, product = x @ x.T, identity
         for _ in range(iterations):
-            factor = 3.4445 * one - 4.7750 * gram + 2.0315 * (gram @ gram)
+            factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * (gram @ gram)
             gram, product = factor @ gram @ factor, factor @ product
         x = product @ x
     return (x.T if rows > columns else x).float()

@@ -2,6 +2,8 @@
 
 import math
 
+import common
+
 import numpy as np
 import pytest
 import torch
@@ -207,6 +209,7 @@ def test_rescaled_layers_have_the_size_of_new_ones_and_give_the_same_outputs(nor
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_a_convolution_of_pixels_is_one_of_numbers_from_0_to_1(bfloat16):
+    torch.manual_seed(0)
     net = AtariNet((8,), (16,)).to(memory_format=torch.channels_last)
     frames = torch.randint(256, (5, 6, 84, 84), dtype=torch.uint8)
     fast, slow = net.body[0], torch.nn.Conv2d(4, 8, 8, 4)
@@ -231,6 +234,12 @@ def test_a_convolution_of_pixels_is_one_of_numbers_from_0_to_1(bfloat16):
 def test_pixels_of_another_type_are_refused(dtype):
     with pytest.raises(TypeError, match="pixels must be uint8"):
         AtariNet((4,), (8,))(torch.zeros((2, 4, 84, 84), dtype=dtype))
+
+
+def test_a_convolution_of_pixels_has_a_stride_of_4():
+    obs = torch.zeros((2, 4, 84, 84), dtype=torch.uint8)
+    with pytest.raises(TypeError, match="the stride"):
+        common.PixelConv2d(4, 8, 8, 2)(obs)
 
 
 def test_scores_are_not_rounded_to_bfloat16():
