@@ -92,11 +92,10 @@ def written_commands(text):
     """The command lines of the scripts in a text; an xargs line is one for each of its runs."""
     scripts = rf"(?:{'|'.join(SCRIPTS)})\.py"
     extras = r"-m extras\.\w+"
-    xargs = rf"echo (.*?) \| .*xargs .*-n (\d+) python ({scripts})$"
-    for words, count, script in re.findall(xargs, text, re.M):
-        words, count = words.split(), int(count)
-        assert len(words) % count == 0, words
-        yield from ([script, *words[i : i + count]] for i in range(0, len(words), count))
+    xargs = rf"printf '%s\\n' (.*?) \| .*xargs .*-L 1 python ({scripts}) (.*)$"
+    for lines, script, flags in re.findall(xargs, text, re.M):
+        yield from ([script, *flags.split(), *line.split()] for line in shlex.split(lines))
+    text = re.sub(xargs, "", text, flags=re.M)
     starts = r"(?:python|torchrun --nproc-per-node \d)"
     for command in re.findall(rf'{starts} ((?:{scripts}|{extras})[^#\n&`;"|]*)', text):
         command = command.removeprefix("-m ")
