@@ -393,13 +393,19 @@ def orthogonal(matrix, dtype):
     x = matrix / (matrix.norm() + 1e-7)
     x = (x.T if rows > columns else x).to(dtype)
     identity = torch.eye(len(x), dtype=dtype, device=x.device)
+
+    def factor(gram):
+        return 3.4445 * identity - 4.7750 * gram + 2.0315 * (gram @ gram)
+
     # An iteration multiplies x by a polynomial of x @ x.T, which is smaller than x. So it is
     # cheaper to multiply these factors first. Not all five: bfloat16 rounds too much away.
     for iterations in (2, 3):
-        gram, product = x @ x.T, identity
-        for _ in range(iterations):
-            factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * (gram @ gram)
-            gram, product = factor @ gram @ factor, factor @ product
+        gram = x @ x.T
+        step = product = factor(gram)
+        for _ in range(iterations - 1):
+            gram = step @ gram @ step
+            step = factor(gram)
+            product = step @ product
         x = product @ x
     return (x.T if rows > columns else x).float()
 
