@@ -338,9 +338,9 @@ class PixelConv2d(nn.Conv2d):
     """
 
     def forward(self, pixels):
-        if pixels.dtype != torch.uint8 or self.stride != (4, 4):
-            seen = f"{pixels.dtype} and {self.stride}"
-            raise TypeError(f"pixels must be uint8, and the stride (4, 4), not {seen}")
+        if (pixels.dtype, self.stride, self.padding) != (torch.uint8, (4, 4), (0, 0)):
+            seen = f"{pixels.dtype}, {self.stride} and {self.padding}"
+            raise TypeError(f"pixels must be uint8, stride (4, 4) and padding (0, 0), not {seen}")
         B, C, H, W = pixels.shape
         # Four neighbours in a line travel as one int32, which is faster than one after the other.
         lines = pixels.contiguous().view(torch.int32).view(B, C, H // 4, 4, W // 4)

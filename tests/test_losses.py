@@ -236,10 +236,11 @@ def test_pixels_of_another_type_are_refused(dtype):
         AtariNet((4,), (8,))(torch.zeros((2, 4, 84, 84), dtype=dtype))
 
 
-def test_a_convolution_of_pixels_has_a_stride_of_4():
+@pytest.mark.parametrize("more", [{"stride": 2}, {"stride": 4, "padding": 2}])
+def test_a_convolution_of_pixels_has_a_stride_of_4_and_no_padding(more):
     obs = torch.zeros((2, 4, 84, 84), dtype=torch.uint8)
-    with pytest.raises(TypeError, match="the stride"):
-        common.PixelConv2d(4, 8, 8, 2)(obs)
+    with pytest.raises(TypeError, match="stride"):
+        common.PixelConv2d(4, 8, 8, **more)(obs)
 
 
 def test_scores_are_not_rounded_to_bfloat16():
