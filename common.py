@@ -339,8 +339,8 @@ class PixelConv2d(nn.Conv2d):
 
     def forward(self, pixels):
         if (pixels.dtype, self.stride, self.padding) != (torch.uint8, (4, 4), (0, 0)):
-            seen = f"{pixels.dtype}, {self.stride} and {self.padding}"
-            raise TypeError(f"pixels must be uint8, stride (4, 4) and padding (0, 0), not {seen}")
+            wanted = "pixels must be uint8, the stride (4, 4) and the padding (0, 0)"
+            raise TypeError(f"{wanted}, not {pixels.dtype}, {self.stride} and {self.padding}")
         B, C, H, W = pixels.shape
         # Four neighbours in a line travel as one int32, which is faster than one after the other.
         lines = pixels.contiguous().view(torch.int32).view(B, C, H // 4, 4, W // 4)
@@ -394,18 +394,19 @@ def orthogonal(matrix, dtype):
     x = (x.T if rows > columns else x).to(dtype)
     identity = torch.eye(len(x), dtype=dtype, device=x.device)
 
-    def factor(gram):
+    def polynomial(gram):
         return 3.4445 * identity - 4.7750 * gram + 2.0315 * (gram @ gram)
 
     # An iteration multiplies x by a polynomial of x @ x.T, which is smaller than x. So it is
     # cheaper to multiply these factors first. Not all five: bfloat16 rounds too much away.
     for iterations in (2, 3):
         gram = x @ x.T
-        step = product = factor(gram)
+        factor = polynomial(gram)
+        product = factor
         for _ in range(iterations - 1):
-            gram = step @ gram @ step
-            step = factor(gram)
-            product = step @ product
+            gram = factor @ gram @ factor  # that of the next x
+            factor = polynomial(gram)
+            product = factor @ product
         x = product @ x
     return (x.T if rows > columns else x).float()
 

@@ -159,7 +159,7 @@ class AtariNet(nn.Module):
             conv = nn.Conv2d if layers else common.PixelConv2d
             layers += [conv(width, out, kernel, stride), layer_norm, nn.ReLU()]
             width, size = out, (size - kernel) // stride + 1
-        layers.insert(-1, nn.Flatten())  # before the last ReLU, which is faster
+        layers.insert(-1, nn.Flatten())  # before the ReLU, whose gradient is faster when flat
         width *= size * size
         for out in hidden:
             layer_norm = nn.Identity() if norm == "none" else nn.LayerNorm(out)
