@@ -419,12 +419,13 @@ class Muon(torch.optim.RAdam):
     width).
     """
 
-    def __init__(self, net, *others, lr, autocast):
+    def __init__(self, net, *others, lr, times, autocast):
         """net: its output layer is called head; others: modules that RAdam updates as well.
 
-        lr: RAdam's. Muon's is 40 times as large: 0.02 for 5e-4, both usual.
+        lr: RAdam's rate. times: Muon's is times * lr, usually 0.02: 40 * 5e-4, or 10 * 2e-3.
         autocast: if it is enabled, matrices are multiplied in bfloat16, as in the network.
         """
+        self.times = times
         matrices, rest = [], []
         for name, weight in net.named_parameters():
             hidden = weight.ndim > 1 and "head" not in name.split(".")
@@ -448,7 +449,7 @@ class Muon(torch.optim.RAdam):
             update = orthogonal(gradient.lerp(momentum, 0.95), self.dtype)  # Nesterov's
             rows, columns = update.shape
             # As published: a matrix with more outputs than inputs moves further.
-            lr = 40 * matrices["lr"] * math.sqrt(max(1, rows / columns))
+            lr = self.times * matrices["lr"] * math.sqrt(max(1, rows / columns))
             weight.add_(update.reshape(weight.shape), alpha=-lr)
 
 

@@ -8,10 +8,10 @@ first, and the student takes over in the course of the run; in the paper it play
 (--actor student).
 
     python train_mimic.py --steps 10_000 --out runs/try-mimic  # 1 to 5 minutes
-    python train_mimic.py  # two cores: 40 to 90 minutes, without bfloat16 2 to 3.3 hours;
-                           # 98% of the expert in the median game
+    python train_mimic.py  # two cores: 30 to 45 minutes, without bfloat16 an hour or two;
+                           # 87% of the expert in the median game
     python train_mimic.py --out runs/paper-mimic --actor student --feature-weight 0 --steps 25e6
-                           # the paper's length and player: 35 hours to 8 days
+                           # the paper's length and player: three days or more
 
 Output: runs/mimic/ with checkpoint.pt (the same command resumes from it), log.csv, and mimic.pt,
 the student's weights alone in half precision. mimics/ holds trained ones.
@@ -36,13 +36,13 @@ from torch import nn
 class Args:
     # Run
     experts: tuple = ()  # checkpoints of train_expert.py, one per game (none: all of experts/)
-    steps: int = 450_000  # agent decisions in each game, 4 frames each (paper: 25M)
+    steps: int = 225_000  # agent decisions in each game, 4 frames each (paper: 25M)
     seed: int = 1  # of the weights, exploration, replay and emulators
     out: str = "runs/mimic"  # folder of the run
     # Network
     channels: tuple = (32, 64, 64)  # kernels 8, 4, 3, 3, strides 4, 2, 1, 1 (as paper)
     hidden: tuple = (512,)  # fully connected layers (as paper)
-    norm: str = "all"  # LayerNorm: after all layers but the last, linear ones, or none (paper)
+    norm: str = "linear"  # LayerNorm: after all layers but the last, linear ones, or none (paper)
     # Acting
     num_envs: int = 16  # emulators of each game
     rollout: int = 16  # steps of each environment between two rounds of learning
@@ -52,14 +52,14 @@ class Args:
     # Learning
     objective: str = "policy"  # policy, or q: squared error on Q-values (no temperature)
     temperature: float = 0.3  # of the experts' softmax, in units of q_spread (paper: 1, without it)
-    feature_weight: float = 0.1  # of feature regression (paper: 0 with eight games, else 0.01)
-    updates: int = 32  # gradient steps per round: each observation is drawn twice (as paper)
-    minibatch: int = 16  # observations of each game per gradient step (paper: 8)
+    feature_weight: float = 0.03  # of feature regression (paper: 0 with eight games, else 0.01)
+    updates: int = 16  # gradient steps per round: each observation is drawn twice (as paper)
+    minibatch: int = 32  # observations of each game per gradient step (paper: 8)
     replay: int = 20_000  # observations kept of each game, 0.15 GB (paper: 100_000)
-    lr: float = 2e-3  # of Adam
+    lr: float = 2e-3  # of RAdam; Muon's, for the hidden weight matrices, is 10 times as large
     decay: float = 0.5  # share of the run, at its end, over which lr falls to zero
     # Machine
-    report_every: int = 20_000  # steps between two lines of the log, each with a checkpoint
+    report_every: int = 10_000  # steps between two lines of the log, each with a checkpoint
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ... or mps
     precision: str = "auto"  # auto, float32 or bfloat16
 
@@ -140,7 +140,7 @@ class AtariNet(nn.Module):
     norm: LayerNorm after "all" layers but the last, after "linear" ones alone, or "none" (paper).
     """
 
-    def __init__(self, channels=(32, 64, 64), hidden=(512,), norm="all"):
+    def __init__(self, channels=(32, 64, 64), hidden=(512,), norm="linear"):
         super().__init__()
         layers, width, size = [], 4, 84
         for out, kernel, stride in zip(channels, (8, 4, 3, 3), (4, 2, 1, 1)):
@@ -315,8 +315,8 @@ def train(args, run):
     regressors = nn.ModuleList(nn.Linear(width, expert_width) for expert_width in expert_widths)
     regressors.to(device)
     weights = [*student.parameters(), *regressors.parameters()]
-    # Paper: a variant of Adam. fused: an update in one pass over the weights, which is faster.
-    optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
+    # Paper: a variant of Adam.
+    optimizer = common.Muon(student, regressors, lr=args.lr, times=10, autocast=autocast)
     step, scores = 0, [deque(maxlen=30) for _ in games]  # of the student's last finished episodes
     if run.saved:
         saved_setup = run.saved["games"], run.saved["marks"], run.saved["network"]
@@ -389,6 +389,11 @@ def train(args, run):
                     scores[g].extend(returns[g, :K][began[g, :K]].tolist())
                 returns[began] = 0
 
+        # After a resume, first refill the replay: the beginnings of episodes alone would mislead.
+        if N * replays[0].added < min(step, N * len(replays[0].frames)) and not run.stop.asked:
+            common.show(f"refilling the replay: {N * replays[0].added:,} of each game", keep=False)
+            continue
+
         # Learn to agree with the experts, from equally many observations of each game.
         # Paper: a constant rate, and 10,000 steps are played before the first update.
         lr = args.lr * min(1, (args.steps - step) / max(args.decay * args.steps, 1))
@@ -421,7 +426,7 @@ def train(args, run):
                 expert_features = sample_features[g][batch].to(device)
                 distances.append(feature_loss(regressors[g](own_features), expert_features))
             distance = torch.stack(distances)  # (G,)
-            # Paper: the sum over the games; here the mean: the same to Adam, and easier to compare.
+            # Paper: the sum over the games; here the mean, easier to compare. Muon ignores scale.
             loss = (imitation + args.feature_weight * distance).mean()  # eq. 4
             optimizer.zero_grad()
             loss.backward()

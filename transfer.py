@@ -145,7 +145,7 @@ class AtariNet(nn.Module):
     norm: LayerNorm after "all" layers but the last, after "linear" ones alone, or "none" (paper).
     """
 
-    def __init__(self, channels=(32, 64, 64), hidden=(512,), norm="all"):
+    def __init__(self, channels=(32, 64, 64), hidden=(512,), norm="linear"):
         super().__init__()
         layers, width, size = [], 4, 84
         for out, kernel, stride in zip(channels, (8, 4, 3, 3), (4, 2, 1, 1)):
@@ -276,7 +276,7 @@ def train(args, run):
     # Paper: a copy made every 10,000 steps, which gives targets only. Here the moving average of
     # net's weights, which also plays, and is what is saved.
     target = copy.deepcopy(net)
-    optimizer = common.Muon(net, lr=args.lr, autocast=autocast)
+    optimizer = common.Muon(net, lr=args.lr, times=40, autocast=autocast)
     step, scores = 0, deque(maxlen=100)  # scores of the last finished episodes
     if run.saved:
         common.load_state(run.saved, target, optimizer, rng, run.folder)

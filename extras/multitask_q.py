@@ -43,7 +43,7 @@ class Args:
     # Run
     experts: tuple = ()  # one per game: they name the games, and are what evaluate.py compares with
     own_heads: bool = False  # MCDQN: own linear layers and outputs on shared convolutions
-    steps: int = 450_000  # decisions in each game, 4 frames each, as in train_mimic.py
+    steps: int = 225_000  # decisions in each game, 4 frames each, as in train_mimic.py
     seed: int = 1  # of the weights, exploration, shuffling and emulators
     out: str = ""  # folder of the run (empty: runs/mdqn, or runs/mcdqn)
     # Network
@@ -129,7 +129,7 @@ def train(args, run):
     net = MultiNet(G, args.own_heads, **net_args)
     net.to(device, memory_format=common.memory_format(device))
     target = copy.deepcopy(net)
-    optimizer = common.Muon(net, lr=args.lr, autocast=autocast)
+    optimizer = common.Muon(net, lr=args.lr, times=40, autocast=autocast)
     step, scores = 0, [deque(maxlen=30) for _ in games]  # of the last finished episodes
     if run.saved:
         if (run.saved["games"], run.saved["marks"]) != (games, marks):

@@ -48,12 +48,12 @@ def average(tensor):
     tensor /= dist.get_world_size()
 
 
-class SharedAdam(torch.optim.Adam):
-    """Adam on the mean of all processes' gradients."""
+class SharedMuon(common.Muon):
+    """Muon and RAdam on the mean of all processes' gradients."""
 
-    def __init__(self, weights, **settings):
-        super().__init__(weights, **settings)
-        self.weights = weights
+    def __init__(self, *modules, **settings):
+        super().__init__(*modules, **settings)
+        self.weights = [weight for group in self.param_groups for weight in group["params"]]
         for weight in self.weights:  # all begin with those of the first process
             with talking():
                 dist.broadcast(weight.detach(), 0)
@@ -143,7 +143,7 @@ def main(args):
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     rank = dist.get_rank()
     # What train() is to use instead of its own.
-    train_mimic.q_spread, common.mean, torch.optim.Adam = shared_spread, shared_mean, SharedAdam
+    train_mimic.q_spread, common.mean, common.Muon = shared_spread, shared_mean, SharedMuon
     share = {
         "steps": math.ceil(args.steps / processes),
         "num_envs": args.num_envs // processes,

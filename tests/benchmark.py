@@ -67,17 +67,7 @@ def bare_emulator(games, num_envs):
     return rate(step, len(games) * num_envs)
 
 
-def muon(net, maps, autocast):
-    """The optimizer of stages 1 and 3."""
-    return common.Muon(net, maps, lr=1e-5, autocast=autocast)
-
-
-def adam(net, maps, autocast):
-    """The optimizer of stage 2."""
-    return torch.optim.Adam([*net.parameters(), *maps.parameters()], lr=1e-5, fused=True)
-
-
-def bare_network(args, batch, learning, autocast, optimizer=muon, regressors=()):
+def bare_network(args, batch, learning, autocast, regressors=()):
     """Observations per second, acting on a batch or learning from it.
 
     regressors: the widths of the experts' features, one linear map for each, which learn as well.
@@ -85,7 +75,7 @@ def bare_network(args, batch, learning, autocast, optimizer=muon, regressors=())
     net = AtariNet(args.channels, args.hidden, args.norm).to(memory_format=torch.channels_last)
     maps = torch.nn.ModuleList(torch.nn.Linear(args.hidden[-1], width) for width in regressors)
     obs = torch.randint(256, (batch, 4, 84, 84), dtype=torch.uint8)
-    optimizer = optimizer(net, maps, autocast)
+    optimizer = common.Muon(net, maps, lr=1e-5, times=10, autocast=autocast)
 
     def forward():
         with torch.inference_mode(), autocast:
@@ -132,7 +122,7 @@ class Timer:
 
 def run_stage(stage, module, **flags):
     """Run a stage with its default recipe and print where its time goes; returns its steps/s."""
-    timer, optimizer = Timer(), torch.optim.Adam if stage == "mimic" else common.Muon
+    timer = Timer()
     for name in ("step", "send", "recv"):
         timer.wrap(module.AtariVectorEnv, name, "emulator")
     timer.wrap(module, "act", "acting")
@@ -142,7 +132,7 @@ def run_stage(stage, module, **flags):
         lambda: "learning" if torch.is_grad_enabled() else "acting",
     )
     timer.wrap(torch.Tensor, "backward", "learning")
-    timer.wrap(optimizer, "step", "learning")
+    timer.wrap(common.Muon, "step", "learning")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         module.main(module.Args(steps=STEPS[stage], out=f"{folder}/run", **flags))
     total = time.perf_counter() - timer.first
@@ -253,7 +243,7 @@ def main(stage, count=None):
         acting = bare_network(args, G * N, False, autocast)
         labelling = bare_network(expert, args.rollout * N, False, autocast)
         widths = G * [expert.hidden[-1]]
-        learning = bare_network(args, G * args.minibatch, True, autocast, adam, widths)
+        learning = bare_network(args, G * args.minibatch, True, autocast, widths)
         reuse = args.updates * args.minibatch / (args.rollout * N)
         limit = 1 / (1 / emulator + 1 / acting + 1 / labelling + reuse / learning)
         bare = f"acting {acting:,.0f}, experts {labelling:,.0f}, learning {learning:,.0f}"

@@ -167,7 +167,7 @@ def test_two_processes_average_gradients_spreads_and_scores(with_extras):
     (with_extras / "gradient.py").write_text("""
 import copy
 import common, torch, torch.distributed as dist
-from extras.train_mimic_ddp import SharedAdam, shared_mean, shared_spread
+from extras.train_mimic_ddp import SharedMuon, shared_mean, shared_spread
 from train_mimic import AtariNet, q_spread
 
 dist.init_process_group("gloo")
@@ -176,9 +176,11 @@ torch.manual_seed(0)
 obs, alone = torch.randint(256, (8, 4, 84, 84), dtype=torch.uint8), AtariNet((4, 8), (16,))
 torch.manual_seed(rank)
 net = copy.deepcopy(alone) if rank == 0 else AtariNet((4, 8), (16,))
+float32 = torch.autocast("cpu", torch.bfloat16, enabled=False)
+settings = {"lr": 1e-3, "times": 10, "autocast": float32}
 both = [
-    (alone, torch.optim.Adam(alone.parameters(), lr=1e-3), obs),
-    (net, SharedAdam(list(net.parameters()), lr=1e-3), obs.chunk(2)[rank]),
+    (alone, common.Muon(alone, **settings), obs),
+    (net, SharedMuon(net, **settings), obs.chunk(2)[rank]),
 ]
 for _ in range(3):
     for own, optimizer, batch in both:

@@ -343,6 +343,22 @@ def test_the_mimics_scores_and_replay_follow_the_episodes(copy, scripted, monkey
     assert scores == {"student": student, "both": [1 + 0 + 2], "expert": []}[actor]
 
 
+@pytest.mark.parametrize("replay, refilled", [(80, 24), (16, 16)])
+def test_a_mimic_refills_its_replay_before_it_learns_again(scripted, monkeypatch, replay, refilled):
+    module, held = importlib.import_module("train_mimic"), []
+    draw = module.FrameReplay.draw
+
+    def seen(own, *args):
+        held.append(2 * own.added)  # observations so far, of two environments
+        return draw(own, *args)
+
+    flags = {"updates": 1, "minibatch": 4, "replay": replay}
+    scripted(module, steps=24, **flags)
+    monkeypatch.setattr(module.FrameReplay, "draw", seen)
+    scripted(module, steps=40, **flags)
+    assert held == [refilled, refilled + 8]
+
+
 @pytest.mark.parametrize("objective", ["policy", "q"])
 def test_the_gradient_of_the_mimic_is_that_of_equation_4(copy, scripted, monkeypatch, objective):
     module, B, updates = importlib.import_module("train_mimic"), 5, 3

@@ -47,7 +47,7 @@ def test_orthogonal_keeps_singular_vectors_and_levels_the_values(shape, dtype):
 def test_muon_turns_each_matrix_by_the_rate():
     net = small_net()
     before = copy.deepcopy(net)
-    gradients = learn(net, common.Muon(net, lr=1e-3, autocast=FLOAT32), seed=1)
+    gradients = learn(net, common.Muon(net, lr=1e-3, times=40, autocast=FLOAT32), seed=1)
     layers = [
         name
         for name, module in net.named_modules()
@@ -71,7 +71,7 @@ def test_muon_turns_each_matrix_by_the_rate():
 def test_channels_last_changes_no_update():
     nets = small_net(), small_net().to(memory_format=torch.contiguous_format)
     for net in nets:
-        optimizer = common.Muon(net, lr=1e-3, autocast=FLOAT32)
+        optimizer = common.Muon(net, lr=1e-3, times=40, autocast=FLOAT32)
         for seed in range(3):
             learn(net, optimizer, seed)
     for one, other in zip(*(net.parameters() for net in nets)):
@@ -81,7 +81,7 @@ def test_channels_last_changes_no_update():
 def test_biases_norms_and_output_are_radams():
     net, maps = small_net(), nn.Linear(3, 2)
     twin = copy.deepcopy(net)
-    optimizer = common.Muon(net, maps, lr=1e-2, autocast=FLOAT32)
+    optimizer = common.Muon(net, maps, lr=1e-2, times=40, autocast=FLOAT32)
     others = {name: w for name, w in twin.named_parameters() if w.ndim == 1 or "head" in name}
     radam = torch.optim.RAdam(others.values(), lr=1e-2)
     for seed in range(8):  # RAdam's first five steps are plain momentum
@@ -100,7 +100,7 @@ def test_biases_norms_and_output_are_radams():
 def test_momentum_is_the_published_one():
     net = small_net()
     weight = net.body[0].weight
-    optimizer, momentum = common.Muon(net, lr=1e-3, autocast=FLOAT32), 0
+    optimizer, momentum = common.Muon(net, lr=1e-3, times=40, autocast=FLOAT32), 0
     for seed in range(3):
         before = weight.detach().clone()
         gradient = learn(net, optimizer, seed)["body.0.weight"].flatten(1)
@@ -112,7 +112,7 @@ def test_momentum_is_the_published_one():
 
 def test_state_is_saved_and_resumed_exactly():
     net = small_net()
-    optimizer = common.Muon(net, lr=1e-3, autocast=FLOAT32)
+    optimizer = common.Muon(net, lr=1e-3, times=40, autocast=FLOAT32)
     for seed in range(3):
         learn(net, optimizer, seed)
     file = io.BytesIO()
@@ -121,7 +121,7 @@ def test_state_is_saved_and_resumed_exactly():
     weights, state = torch.load(file, weights_only=True)
     again = small_net()
     again.load_state_dict(weights)
-    resumed = common.Muon(again, lr=9, autocast=FLOAT32)
+    resumed = common.Muon(again, lr=9, times=40, autocast=FLOAT32)
     resumed.load_state_dict(state)
     for seed in range(3, 5):
         learn(net, optimizer, seed)

@@ -102,8 +102,8 @@ def test_transfer_starts_from_the_mimic_and_the_control_does_not(copy):
     assert new["net_args"] == control["net_args"] == kept["net_args"]
 
 
-@pytest.mark.parametrize("norm, shifts", [("linear", 1), ("none", 0)])
-def test_a_mimic_with_fewer_norms_resumes_and_starts_a_transfer(copy, norm, shifts):
+@pytest.mark.parametrize("norm, shifts", [("all", 3), ("none", 0)])
+def test_a_mimic_with_other_norms_resumes_and_starts_a_transfer(copy, norm, shifts):
     plain = MIMIC + f" --norm {norm} --out runs/plain"
     run(copy, plain.replace("--steps 320", "--steps 32"))
     run(copy, plain)
