@@ -23,6 +23,7 @@ def test_each_expert_judges_what_its_own_game_shows(copy, monkeypatch, actor):
 
     def add(replay, *entry):  # in the order in which the loop adds: steps of one game at a time
         added.setdefault(id(replay), []).append([part.clone() for part in entry])
+        replay.added += 1
 
     def send(env, actions):
         acted.append(actions.copy())
