@@ -315,7 +315,7 @@ def train(args, run):
     regressors = nn.ModuleList(nn.Linear(width, expert_width) for expert_width in expert_widths)
     regressors.to(device)
     weights = [*student.parameters(), *regressors.parameters()]
-    # Paper: a variant of Adam.
+    # Paper: a variant of Adam. Here Muon, whose loss is lower after as many steps.
     optimizer = common.Muon(student, regressors, lr=args.lr, times=10, autocast=autocast)
     step, scores = 0, [deque(maxlen=30) for _ in games]  # of the student's last finished episodes
     if run.saved:
@@ -389,7 +389,8 @@ def train(args, run):
                     scores[g].extend(returns[g, :K][began[g, :K]].tolist())
                 returns[began] = 0
 
-        # After a resume, first refill the replay: the beginnings of episodes alone would mislead.
+        # After a resume, first refill the replays (all hold as much), without counting steps: a few
+        # beginnings of episodes would mislead.
         if N * replays[0].added < min(step, N * len(replays[0].frames)) and not run.stop.asked:
             common.show(f"refilling the replay: {N * replays[0].added:,} of each game", keep=False)
             continue
@@ -426,7 +427,7 @@ def train(args, run):
                 expert_features = sample_features[g][batch].to(device)
                 distances.append(feature_loss(regressors[g](own_features), expert_features))
             distance = torch.stack(distances)  # (G,)
-            # Paper: the sum over the games; here the mean, easier to compare. Muon ignores scale.
+            # Paper: the sum over the games; here the mean, easier to compare; Muon ignores scale.
             loss = (imitation + args.feature_weight * distance).mean()  # eq. 4
             optimizer.zero_grad()
             loss.backward()
